@@ -1,0 +1,204 @@
+"""What the command lines share: options, the run's folder, and how a command ends."""
+
+import argparse
+import math
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import PIL
+import torch
+import torchvision
+
+import checkpoint
+from engine import AMP, DEVICES
+from errors import RunError, UsageError
+from models import DECODERS, ENCODERS
+from tasks import ACTIVATIONS
+
+RUN_FILES = ("settings.json", "history.csv", "summary.json", "checkpoint.pt", "encoder.pt", "events.out.tfevents.*")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and whose help shows every default."""
+
+    def __init__(self, description: str, examples: str = ""):
+        super().__init__(
+            description=description, epilog=examples, formatter_class=_Help, allow_abbrev=False, add_help=True
+        )
+
+    def error(self, message):
+        raise UsageError(f"{message} (see --help)")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def whole(at_least: int, at_most: int = 10**9) -> Callable[[str], int]:
+    """An option's type: a whole number in a range."""
+
+    def parse(text):
+        if not text.lstrip("+-").isdecimal() or not at_least <= int(text) <= at_most:
+            upper = f" to {at_most}" if at_most < 10**9 else " or more"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {at_least}{upper}")
+        return int(text)
+
+    return parse
+
+
+def rate(text: str) -> float:
+    """An option's type: a learning rate."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1e3:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a learning rate: give a number above 0, such as 1e-3")
+    return value
+
+
+def _candidates(text: str) -> int | str:
+    """An option's type: a number of candidates, or `batch`."""
+    if text == "batch":
+        return text
+    try:
+        return whole(2)(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of candidates: give 2 or more, or `batch` for every image of the batch"
+        ) from None
+
+
+def add_data_options(parser: Parser) -> None:
+    """--data, --data-dir, --size."""
+    group = parser.add_argument_group("images")
+    group.add_argument("--data", default="photos", help="`photos` (bundled), or a folder of images")
+    group.add_argument("--data-dir", default="data", help="folder for what is made from the images: the decoded cache")
+    group.add_argument("--size", type=whole(8, 1024), default=32, help="side of a view, px")
+
+
+def add_task_options(parser: Parser, candidates: int | str) -> None:
+    """--candidates, --sources, --views, --activation."""
+    group = parser.add_argument_group("question")
+    group.add_argument(
+        "--candidates", type=_candidates, default=candidates, help="images to choose from; `batch`: all of the batch"
+    )
+    group.add_argument("--sources", type=whole(2), default=2, help="images in a mixture")
+    group.add_argument(
+        "--views",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="ask about another view (crop, flip, colour) than the one that was mixed",
+    )
+    group.add_argument(
+        "--activation", choices=ACTIVATIONS, default="softmax", help="weights as a distribution, or each by itself"
+    )
+
+
+def add_model_options(parser: Parser) -> None:
+    """--encoder, --decoder."""
+    group = parser.add_argument_group("network")
+    group.add_argument("--encoder", choices=ENCODERS, default="conv", help="what is kept")
+    group.add_argument("--decoder", choices=DECODERS, default="ridge", help="what compares mixture and candidate")
+
+
+def add_loop_options(parser: Parser, lr: float) -> argparse._ArgumentGroup:
+    """--lr, --seed, --device, --amp. Returns their group, for what only one script has."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--lr", type=rate, default=lr, help="peak learning rate of AdamW")
+    group.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="fixes all that is random")
+    group.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
+    group.add_argument(
+        "--amp", choices=AMP, default="auto", help="bf16; auto: where the device has instructions for it"
+    )
+    return group
+
+
+def add_run_options(parser: Parser) -> None:
+    """--out, --overwrite."""
+    group = parser.add_argument_group("results")
+    group.add_argument("--out", help="the run's folder (default: runs/SCRIPT-DATA-ENCODER-TIME)")
+    group.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
+
+
+def choose_folder(args: argparse.Namespace, script: str) -> Path:
+    """The run's folder, --out or runs/SCRIPT-DATA-ENCODER-TIME; nothing is made yet.
+
+    Raises UsageError where it is a file, or holds a run already and --overwrite was not given.
+    """
+    name = f"{script}-{Path(args.data).resolve().name}-{args.encoder}-{time.strftime('%y%m%d-%H%M%S')}"
+    folder = Path(args.out) if args.out else Path("runs", name)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out {folder} is a file; give a folder")
+    old = _run_files(folder)
+    if old and not args.overwrite:
+        raise UsageError(f"--out {folder} holds a run already ({old[0].name}); give another folder, or --overwrite it")
+    return folder
+
+
+def _run_files(folder: Path) -> list[Path]:
+    return [file for pattern in RUN_FILES for file in sorted(folder.glob(pattern))]
+
+
+def make_folder(folder: Path, args: argparse.Namespace, device: str) -> None:
+    """Make the run's folder, without an older run, and write `settings.json`: command, settings, versions, device."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in _run_files(folder):
+            file.unlink()
+    except OSError as error:
+        raise UsageError(f"--out {folder} cannot be used ({error.strerror}); give another folder") from error
+    settings = {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "settings": vars(args),
+        "versions": {
+            "python": platform.python_version(),
+            **{m.__name__: m.__version__ for m in (torch, torchvision, numpy, PIL)},
+        },
+        "revision": _git_revision(),
+        "device": device,
+    }
+    checkpoint.save_json(settings, folder / "settings.json")
+    return folder
+
+
+def _git_revision() -> str | None:
+    """The commit of this code, with "+" where files differ from it; None outside a git checkout."""
+
+    def git(*words):
+        answer = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return answer.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: "48 s", "3 min 05 s", "2 h 07 min"."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a command and exit: 0, or 2 for wrong use and 1 for a failed run, with one line that says why."""
+    script = Path(sys.argv[0]).name
+    try:
+        sys.exit(main() or 0)
+    except (UsageError, RunError) as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        print(f"{script}: stopped", file=sys.stderr)
+        sys.exit(130)

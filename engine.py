@@ -1,0 +1,225 @@
+"""The loop: one step, one epoch, one evaluation, whatever is trained; where they run and in what precision."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from augment import generator
+from errors import RunError, UsageError
+
+WEIGHT_DECAY = 0.05  # AdamW's, on matrices and kernels only
+WARM_UP = 0.05  # share of the steps in which the learning rate rises
+SCALAR_RATE = 10.0  # times the learning rate, for learned scalars
+CLIP = 1.0  # gradient norm, at most
+READ_EVERY = 20  # steps between two looks at the running figures
+VALIDATION_SEED = 20_20  # the validation question is the same for every run
+DEVICES = ("auto", "cuda", "mps", "cpu")
+AMP = ("auto", "bf16", "off")
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """`auto` -> the GPU where there is one; another name as it is. Raises UsageError where there is no such device."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, is_there in there.items() if is_there))
+    if not there.get(name):
+        raise UsageError(
+            f"--device {name}: this machine has none that torch {torch.__version__} can use; leave --device out to use "
+            f"{choose_device()}"
+        )
+    return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """What a result is reported with, such as "cpu (2 threads)" or "NVIDIA H100"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
+
+
+def choose_amp(name: str, device: torch.device) -> bool:
+    """Whether to compute in bf16: `auto` does where the device has instructions for it."""
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        if device.type == "cpu":
+            has = torch.cpu.get_capabilities()
+            return has.get("avx512_bf16", False) or has.get("amx_bf16", False)
+    return name == "bf16"
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up to `peak`, then half a cosine down to 0 at the end (Loshchilov & Hutter 2017, equation 5)."""
+    warm_up = max(1, round(WARM_UP * steps))
+    if step < warm_up:
+        return peak * (step + 1) / warm_up
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+def make_optimizer(model: nn.Module, lr: float, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW; weight decay on matrices and kernels, not on biases, normalisation and scalars.
+
+    Scalars, such as a learned temperature, take larger steps: Adam moves each number by about the learning rate, and
+    they have further to go.
+    """
+    kinds = ([], [], [])  # scalars; biases and normalisation; matrices and kernels
+    for parameter in model.parameters():
+        kinds[min(parameter.ndim, 2)].append(parameter)
+    groups = [
+        {"params": parameters, "weight_decay": decay, "rate": rate}
+        for parameters, decay, rate in zip(kinds, (0.0, 0.0, WEIGHT_DECAY), (SCALAR_RATE, 1.0, 1.0), strict=True)
+        if parameters
+    ]
+    return torch.optim.AdamW(groups, lr=lr, fused=device.type != "mps")
+
+
+class Running:
+    """Means of what the steps report, added up on the device and read without making it wait."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.names, self.sums, self.count = device, [], 0, 0
+        self.latest, self._copy = {}, None
+
+    def add(self, scores: dict[str, torch.Tensor], weight: int = 1) -> None:
+        """Count the scalars of one step, `weight` times."""
+        self.names = list(scores)
+        self.sums = self.sums + weight * torch.stack([s.detach().float() for s in scores.values()])
+        self.count += weight
+
+    def peek(self) -> dict[str, float]:
+        """The means as they last arrived; on CUDA they may be some steps old, since nothing waits for the device."""
+        if self.device.type != "cuda":
+            return self.read()
+        if self._copy is not None:
+            host, count, arrived = self._copy
+            if not arrived.query():
+                return self.latest
+            self.latest = dict(zip(self.names, (host / count).tolist(), strict=True))
+        host = torch.empty(len(self.names), pin_memory=True).copy_(self.sums, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._copy = host, self.count, arrived
+        return self.latest
+
+    def read(self) -> dict[str, float]:
+        """The means so far, waiting for them."""
+        return dict(zip(self.names, (self.sums / self.count).tolist(), strict=True))
+
+
+class Trainer:
+    """A model that learns a task.
+
+    model   called as model(*question.inputs)
+    task    task(images, rng) -> question, task.score(logits, question) -> {"loss": ...}; see tasks.py
+    lr      peak learning rate
+    steps   of the whole run, for the schedule
+    seed    with epoch and step, all that the randomness of a step depends on
+    amp     compute in bf16
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task,
+        *,
+        lr: float,
+        steps: int,
+        seed: int = 0,
+        device: torch.device | None = None,
+        amp: bool = False,
+    ):
+        self.device = device or torch.device("cpu")
+        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.task, self.lr, self.steps, self.seed, self.amp = task, lr, steps, seed, amp
+        self.taken = 0  # steps
+        self.optimizer = make_optimizer(model, lr, self.device)
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # every batch has the same shape
+
+    def step(self, question, step: int) -> dict[str, torch.Tensor]:
+        """Learn from one question. `step` counts from the start of the run. Returns scalars, still on the device."""
+        self.taken = step + 1
+        lr = learning_rate(step, self.steps, self.lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["rate"]
+        scores = self._score(question, self.task)
+        self.optimizer.zero_grad(set_to_none=True)
+        scores["loss"].backward()
+        scores["gradient_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.optimizer.step()
+        return scores
+
+    def train_epoch(self, loader: DataLoader, epoch: int, bar: tqdm) -> dict[str, float]:
+        """One pass over the images, `epoch` from 0. Returns the means over its steps, and the last learning rate.
+
+        Raises RunError where the loss is no longer finite.
+        """
+        self.model.train()
+        loader.batch_sampler.epoch = epoch
+        running = Running(self.device)
+        for batch, (images, _) in enumerate(loader):
+            question = self.task(images.to(self.device, non_blocking=True), generator(self.seed, epoch, batch))
+            running.add(self.step(question, epoch * len(loader) + batch))
+            if batch % READ_EVERY == READ_EVERY - 1:
+                self._show(bar, self._check(running.peek(), epoch))
+            bar.update(len(images))
+        means = self._check(running.read(), epoch)
+        self._show(bar, means)
+        return {**means, "learning_rate": self.optimizer.param_groups[-1]["lr"]}
+
+    def questions(self, loader: Iterable, task) -> Iterator:
+        """The validation questions: what a batch is asked depends on its number alone."""
+        for block, (images, _) in enumerate(loader):
+            yield task(images.to(self.device, non_blocking=True), generator(VALIDATION_SEED, block))
+
+    @torch.no_grad()
+    def evaluate(self, loader: Iterable, task, score: Callable | None = None) -> dict[str, float]:
+        """Means over the images of `loader`, in eval mode: the model's scores, or what `score(question)` returns."""
+        self.model.eval()
+        running = Running(self.device)
+        for question in self.questions(loader, task):
+            running.add(score(question) if score else self._score(question, task), len(question.inputs[0]))
+        return running.read()
+
+    @torch.no_grad()
+    def settle(self, loader: DataLoader, batches: int = 10) -> None:
+        """Let the statistics of batch normalisation meet some training batches, so that eval mode means something."""
+        self.model.train()
+        for batch, (images, _) in zip(range(batches), loader, strict=False):
+            self.logits(self.task(images.to(self.device), generator(self.seed, 0, batch)))
+
+    @torch.no_grad()
+    def answer(self, question) -> torch.Tensor:
+        """Logits in eval mode, without gradient."""
+        self.model.eval()
+        return self.logits(question)
+
+    def state(self) -> dict:
+        """What a checkpoint keeps: tensors and plain values only."""
+        schedule = {"lr": self.lr, "steps": self.steps, "taken": self.taken}
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "schedule": schedule}
+
+    def logits(self, question) -> torch.Tensor:
+        """What the model answers, float32, in the precision that was chosen and the mode that the model is in."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            return self.model(*question.inputs).float()
+
+    def _score(self, question, task):
+        return task.score(self.logits(question), question)
+
+    def _check(self, means, epoch):
+        if not math.isfinite(means.get("loss", 0.0)):
+            raise RunError(
+                f"the loss is {means['loss']} in epoch {epoch + 1}, so the run stops here; "
+                f"try a lower --lr (it was {self.lr:g}){' or --amp off' if self.amp else ''}"
+            )
+        return means
+
+    @staticmethod
+    def _show(bar, means):
+        figures = {name: f"{means[name]:.3f}" for name in means if name in ("loss", "source_accuracy", "accuracy")}
+        bar.set_postfix(figures, refresh=False)

@@ -1,0 +1,220 @@
+"""Encoders, decoders and the network that is trained, `Unmixer(encoder, decoder)`.
+
+An encoder maps B 3 S S to B D and says D in `out_features`. A decoder maps the features of the mixtures (B D), those
+of the views that are asked about (A D) and the candidates (B n, rows of A) to logits (B n), without the activation.
+"""
+
+import math
+
+import torch
+import torchvision
+from torch import nn
+
+from errors import UsageError
+
+TORCHVISION = {  # name: what stands for the features once the classifier is gone
+    "mobilenet_v2": "classifier",
+    "resnet18": "fc",
+    "resnet50": "fc",
+    "convnext_tiny": "classifier",
+}
+ENCODERS = ("conv", *TORCHVISION)
+DECODERS = ("ridge", "cosine", "mlp", "dot")
+
+
+class ConvBlock(nn.Sequential):
+    """Convolution, batch normalisation, ReLU: B in H W -> B out H/stride W/stride."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1):
+        super().__init__(
+            nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+        )
+
+
+class ResBlock(nn.Module):
+    """Two convolutions beside a shortcut (He et al. 2016, figure 5 left): B in H W -> B out H/stride W/stride."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1):
+        super().__init__()
+        self.block = nn.Sequential(
+            ConvBlock(inputs, outputs, stride),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        same = inputs == outputs and stride == 1
+        self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x):
+        return torch.relu(self.block(x) + self.shortcut(x))
+
+
+class ConvEncoder(nn.Module):
+    """Convolution blocks that widen as they halve the picture, then residual blocks, then mean and maximum over the
+    picture: B 3 S S -> B D, D = 2 * widths[-1].
+    """
+
+    def __init__(self, widths: tuple[int, ...] = (32, 64, 128, 256), blocks: int = 2):
+        super().__init__()
+        self.out_features = 2 * widths[-1]
+        self.convs = nn.Sequential(
+            ConvBlock(3, widths[0]),
+            *(ConvBlock(i, o, stride=2) for i, o in zip(widths, widths[1:], strict=False)),
+        )
+        self.blocks = nn.Sequential(*(ResBlock(widths[-1], widths[-1]) for _ in range(blocks)))
+
+    def forward(self, images):
+        maps = self.blocks(self.convs(images))  # B D/2 S/8 S/8
+        return torch.cat([maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))], dim=1)  # B D
+
+
+def TorchvisionEncoder(name: str, pretrained: bool = False) -> nn.Module:
+    """A classification network of torchvision without its classifier: B 3 S S -> B D.
+
+    It is the torchvision model itself, so its `state_dict` has the key names of that model.
+    Raises UsageError where the name is unknown or the pretrained weights cannot be had.
+    """
+    if name not in TORCHVISION:
+        raise UsageError(f"encoder {name!r} is unknown: use one of {', '.join(ENCODERS)}")
+    try:
+        net = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None)
+    except OSError as error:
+        raise UsageError(
+            f"the pretrained weights of {name} are not in torch's cache and cannot be downloaded ({error}): "
+            "leave --pretrained out, or try again with a network"
+        ) from error
+    head = getattr(net, TORCHVISION[name])
+    if isinstance(head, nn.Sequential):
+        net.out_features = head[-1].in_features
+        kept = [m for m in head[:-1] if not isinstance(m, nn.Dropout)]
+        setattr(net, TORCHVISION[name], nn.Sequential(*kept))
+    else:
+        net.out_features = head.in_features
+        setattr(net, TORCHVISION[name], nn.Identity())
+    return net
+
+
+class DotDecoder(nn.Module):
+    """The plain dot product of the features. It is what one writes first, and it never learns: see the README."""
+
+    def __init__(self, features: int):
+        super().__init__()
+
+    def forward(self, mixtures, asked, candidates):
+        return (mixtures @ asked.T).gather(1, candidates)  # B n
+
+
+class Projection(nn.Sequential):
+    """Linear, then each direction to mean 0 and variance 1 over the batch: R D -> R P.
+
+    The features are not negative, so without the centring all images point the same way.
+    """
+
+    def __init__(self, features: int, projection: int):
+        super().__init__(nn.Linear(features, projection, bias=False), nn.BatchNorm1d(projection, affine=False))
+
+    def forward(self, mixtures, asked):
+        """B D, A D -> B P, A P, in float32; both in one pass, so that they share their statistics."""
+        with torch.autocast(mixtures.device.type, enabled=False):
+            both = super().forward(torch.cat([mixtures, asked]).float())
+        return both.split([len(mixtures), len(asked)])
+
+
+class CosineDecoder(nn.Module):
+    """The cosine of the projections, times a learned scale (an inverse temperature) that starts at 10.
+
+    Cosine over a temperature: SimCLR (Chen et al. 2020, section 2.1).
+    """
+
+    def __init__(self, features: int, projection: int = 256):
+        super().__init__()
+        self.project = Projection(features, projection)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+
+    def forward(self, mixtures, asked, candidates):
+        mixtures, asked = (nn.functional.normalize(z, dim=1) for z in self.project(mixtures, asked))  # B P, A P
+        return self.log_scale.exp() * (mixtures @ asked.T).gather(1, candidates)  # B n
+
+
+class MLPDecoder(nn.Module):
+    """An MLP on each pair of mixture and candidate, which sees the product and the difference of their projections."""
+
+    def __init__(self, features: int, projection: int = 128):
+        super().__init__()
+        self.project = Projection(features, projection)
+        self.mlp = nn.Sequential(nn.Linear(2 * projection, projection), nn.ReLU(inplace=True), nn.Linear(projection, 1))
+
+    def forward(self, mixtures, asked, candidates):
+        mixtures, asked = self.project(mixtures, asked)  # B P, A P
+        mixtures, asked = mixtures[:, None], asked[candidates]  # B 1 P, B n P
+        pair = torch.cat([mixtures * asked, (mixtures - asked).abs()], dim=2)  # B n 2P
+        return self.mlp(pair).squeeze(2)  # B n
+
+
+class RidgeDecoder(nn.Module):
+    """Unmixing as one would do it by hand: the weights with which the candidates' projections come closest to the
+    mixture's, by least squares with a learned ridge; those that are not positive are near zero.
+
+    Least squares on spectra is how a pixel is unmixed in remote sensing (Keshava & Mustard 2002); here the encoder
+    learns in which space it is right. Large ridge: dot products; none: exact where features are linear in the pixels.
+    """
+
+    def __init__(self, features: int, projection: int = 256):
+        super().__init__()
+        self.project = Projection(features, projection)
+        self.log_ridge = nn.Parameter(torch.tensor(math.log(0.3)))  # relative to the squared length of a projection
+        self.log_sharpness = nn.Parameter(torch.tensor(math.log(50.0)))
+        self.offset = nn.Parameter(torch.tensor(-1.0))
+
+    def forward(self, mixtures, asked, candidates):
+        mixtures, asked = self.project(mixtures, asked)  # B P, A P
+        with torch.autocast(mixtures.device.type, enabled=False):
+            B, n = candidates.shape
+            G = 1 if candidates.stride(0) == 0 else B  # one system for all mixtures where they share the candidates
+            rows = candidates[:G]
+            gram = (asked @ asked.T / asked.shape[1])[rows[:, :, None], rows[:, None]]  # G n n
+            ridge = self.log_ridge.exp() * torch.eye(n, device=asked.device)
+            found = (mixtures @ asked.T / asked.shape[1]).gather(1, candidates)  # B n
+            weights = torch.linalg.solve_ex(gram + ridge, found.view(G, -1, n).mT)[0].mT.reshape(B, n)
+            positive = nn.functional.softplus(self.log_sharpness.exp() * weights + self.offset)
+            return (positive + 1e-4).log()  # B n
+
+
+class Unmixer(nn.Module):
+    """The network that is trained: how much of each candidate is in each mixture?
+
+    mixtures B 3 S S, asked A 3 S S, candidates B n int64 (rows of asked) -> logits B n, without the activation
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module):
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+
+    def forward(self, mixtures, asked, candidates):
+        z = self.encoder(torch.cat([mixtures, asked]))  # B+A D  in one pass
+        return self.decoder(*z.split([len(mixtures), len(asked)]), candidates)  # B n
+
+
+def build_encoder(name: str, pretrained: bool = False) -> nn.Module:
+    """The encoder of that name, one of ENCODERS; `encoder.out_features` is D."""
+    return ConvEncoder() if name == "conv" else TorchvisionEncoder(name, pretrained)
+
+
+def build_decoder(name: str, features: int) -> nn.Module:
+    """The decoder of that name, one of DECODERS, on D = `features`."""
+    decoders = {"ridge": RidgeDecoder, "cosine": CosineDecoder, "mlp": MLPDecoder, "dot": DotDecoder}
+    if name not in decoders:
+        raise UsageError(f"decoder {name!r} is unknown: use one of {', '.join(decoders)}")
+    return decoders[name](features)
+
+
+def build_unmixer(encoder: str, decoder: str, size: int, pretrained: bool = False) -> Unmixer:
+    """The network for views of `size` px. Raises UsageError where they are too small for the encoder."""
+    net = build_encoder(encoder, pretrained)
+    try:
+        with torch.no_grad():
+            net.eval()(torch.zeros(1, 3, size, size))
+    except RuntimeError as error:
+        raise UsageError(f"--size {size} is too small for the encoder {encoder}; use 32 or more") from error
+    return Unmixer(net, build_decoder(decoder, net.out_features))

@@ -1,0 +1,47 @@
+import torch
+
+from augment import MEAN, STD, augment, generator, to_pixels, whole
+
+
+def test_views_depend_on_the_key_alone(batch):
+    one, two, other = (augment(batch, 32, generator(*key)) for key in ((1, 2, 3), (1, 2, 3), (1, 2, 4)))
+    assert one.shape == (24, 3, 32, 32) and one.dtype == torch.float32
+    assert torch.equal(one, two) and not torch.allclose(one, other)
+
+
+def test_each_image_is_drawn_by_its_position_and_seen_alone(batch):
+    views = augment(batch, 32, generator(0))
+    changed = batch.clone()
+    changed[5] = 0
+    assert torch.equal(augment(changed, 32, generator(0))[6:], views[6:])
+    same = augment(batch[:1].expand(24, -1, -1, -1), 32, generator(0))
+    assert (same[1:] - same[:1]).abs().mean(dim=(1, 2, 3)).min() > 0.05  # every copy gets another view
+
+
+def test_crop_flip_and_colour_all_happen(batch):
+    image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    image[:, 0] = torch.arange(64, dtype=torch.uint8) * 4  # red rises from left to right
+    views = augment(image.expand(400, -1, -1, -1), 32, generator(0))
+    slope = views[:, 0, :, -1].mean(dim=1) - views[:, 0, :, 0].mean(dim=1)
+    assert 0.4 < (slope > 0).float().mean() < 0.6  # half of them mirrored
+    assert slope.abs().std() > 0.1  # crops of several widths, contrasts of several strengths
+    grey = (to_pixels(views).float().std(dim=1).mean(dim=(1, 2)) < 2).float().mean()
+    assert 0.05 < grey < 0.15
+
+
+def test_a_view_stays_within_the_image(batch):
+    """No padding shows: a bright image has no dark border in any view."""
+    white = torch.full((200, 3, 64, 64), 255, dtype=torch.uint8)
+    views = augment(white, 32, generator(0))
+    assert (views.amax(dim=(2, 3)) - views.amin(dim=(2, 3))).max() < 1e-4
+
+
+def test_resizing_does_not_alias():
+    """The finest checkerboard is grey at half the size, not black or white."""
+    board = (torch.arange(64)[:, None] + torch.arange(64)) % 2 * 255
+    view = whole(board.to(torch.uint8).expand(1, 3, 64, 64), 32) * STD[:, None, None] + MEAN[:, None, None]
+    assert (view - 0.5).abs().max() < 0.02
+
+
+def test_whole_is_the_image_and_to_pixels_undoes_the_normalisation(batch):
+    assert torch.equal(to_pixels(whole(batch, 64)), batch)

@@ -1,0 +1,201 @@
+import hashlib
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from data import UNLABELLED, get_dataloaders, list_data, open_images, open_pretext, pretext_split
+from errors import UsageError
+
+
+def opened(root, tmp_path, size=32):
+    return open_images(list_data(str(root)), size, tmp_path / "data")
+
+
+def test_classes_are_those_of_train_by_name_in_every_split(labelled, tmp_path):
+    images = opened(labelled, tmp_path)
+    assert images.listing.classes == ["ant", "bee", "cow"]
+    for entry, label in zip(images.listing.entries, images.labels.tolist(), strict=True):
+        split, name = entry.path.split("/")[:2]
+        assert entry.split == split
+        assert label == (UNLABELLED if split == "unsup" else ["ant", "bee", "cow"].index(name))
+    # val/ holds bee and cow alone: they are 1 and 2, not 0 and 1
+    assert set(images.labels[images.rows("val")].tolist()) == {1, 2}
+
+
+def test_a_class_that_only_val_has_is_refused(labelled):
+    (labelled / "val" / "bee").rename(labelled / "val" / "wasp")
+    with pytest.raises(UsageError, match="val/wasp/ is a class that train/ does not have"):
+        list_data(str(labelled))
+
+
+def test_any_other_folder_is_unlabelled_at_any_depth(folder, tmp_path):
+    deep = folder / "a" / "b"
+    deep.mkdir(parents=True)
+    (folder / "00.png").rename(deep / "00.png")
+    images = opened(folder, tmp_path)
+    assert len(images.labels) == 40
+    assert set(images.labels.tolist()) == {UNLABELLED}
+    assert images.listing.entries[-1].path == "a/b/00.png"
+
+
+def save_16_bit(file, grey):
+    Image.fromarray(np.asarray(grey, np.uint16) * 257).save(file)
+
+
+def save_float(file, grey):
+    Image.fromarray(np.asarray(grey, np.float32) / 255).save(file)
+
+
+def save_turned(file, patch):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it rotated by 270 degrees counter-clockwise
+    patch.rotate(90, expand=True).save(file, exif=exif, quality=95)
+
+
+def save_animated(file, patch):
+    patch.save(file, save_all=True, append_images=[Image.new("RGB", patch.size)])
+
+
+FORMATS = {
+    "grey.png": lambda file, patch: patch.convert("L").save(file),
+    "palette.png": lambda file, patch: patch.quantize(256).save(file),
+    "transparent.png": lambda file, patch: patch.convert("RGBA").save(file),
+    "cmyk.jpg": lambda file, patch: patch.convert("CMYK").save(file, quality=95),
+    "deep.png": lambda file, patch: save_16_bit(file, patch.convert("L")),
+    "float.tif": lambda file, patch: save_float(file, patch.convert("L")),
+    "turned.jpg": save_turned,
+    "animated.gif": save_animated,
+    "jpeg_by_another_name.png": lambda file, patch: patch.save(file, "JPEG", quality=95),
+    "bitmap.bmp": lambda file, patch: patch.save(file),
+    "web.webp": lambda file, patch: patch.save(file, quality=95),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_any_image_that_pillow_opens(name, tmp_path, patches):
+    FORMATS[name](tmp_path / name, patches[12])
+    pixels = data.decode(tmp_path / name, 64)
+    assert pixels.shape == (64, 64, 3) and pixels.dtype == np.uint8
+    expected = patches[12].convert("L") if name in ("grey.png", "deep.png", "float.tif") else patches[12]
+    difference = np.abs(pixels.astype(int) - np.asarray(expected.convert("RGB"), int)).mean()
+    assert difference < 6, f"{name} is off by {difference} grey levels"
+
+
+def test_transparent_pixels_are_white(tmp_path):
+    Image.new("RGBA", (64, 64), (200, 0, 0, 0)).save(tmp_path / "empty.png")
+    assert (data.decode(tmp_path / "empty.png", 32) == 255).all()
+
+
+def test_resized_by_the_shortest_side_and_cropped_to_the_centre(tmp_path):
+    image = Image.new("RGB", (300, 100), "black")
+    image.paste("red", (100, 0, 200, 100))
+    image.save(tmp_path / "wide.png")
+    assert (data.decode(tmp_path / "wide.png", 50)[:, 2:-2] == (255, 0, 0)).all()
+
+
+def test_what_cannot_be_decoded_is_skipped_named_and_counted(folder, tmp_path):
+    (folder / "00.png").write_bytes((folder / "00.png").read_bytes()[:200])
+    (folder / "notes.txt").write_text("no image")
+    (folder / "empty.jpg").touch()
+    images = opened(folder, tmp_path)
+    assert len(images.labels) == 39
+    assert sorted(path for path, _ in images.listing.skipped) == ["00.png", "empty.jpg", "notes.txt"]
+    text = images.describe()
+    assert "skipped 00.png: " in text and text.endswith("3 files skipped")
+    assert opened(folder, tmp_path).describe() == text  # from the cache too
+
+
+def test_a_split_without_a_usable_image_says_what_was_expected_where(labelled, tmp_path):
+    for file in (labelled / "val").rglob("*.jpg"):
+        file.write_bytes(b"damaged")
+    with pytest.raises(
+        UsageError, match=r"labelled: no usable image for val: expected val/CLASS/IMAGE; val/bee/03.jpg"
+    ):
+        opened(labelled, tmp_path)
+    assert not list((tmp_path / "data" / "cache").iterdir())
+
+
+def test_decoded_once(folder, tmp_path, monkeypatch):
+    first = opened(folder, tmp_path)
+    monkeypatch.setattr(data, "decode", lambda *_: pytest.fail("decoded again"))
+    assert (opened(folder, tmp_path).pixels == first.pixels).all()
+
+
+@pytest.mark.parametrize("change", ["new file", "changed file", "removed file", "size"])
+def test_the_cache_is_rebuilt_when_something_changes(change, folder, tmp_path, patches):
+    opened(folder, tmp_path)
+    if change == "removed file":
+        (folder / "00.png").unlink()
+    elif change != "size":
+        patches[-1].save(folder / ("new.png" if change == "new file" else "00.png"))
+        os.utime(folder / "00.png", ns=(1, 1))
+    images = opened(folder, tmp_path, size=16 if change == "size" else 32)
+    assert len(images.labels) == {"new file": 41, "removed file": 39}.get(change, 40)
+    assert images.pixels.shape[2] == (32 if change == "size" else 64)
+    if change == "changed file":
+        assert (images.pixels[0] == np.asarray(patches[-1]).transpose(2, 0, 1)).all()
+
+
+def test_a_cut_off_cache_is_not_believed(folder, tmp_path):
+    first = opened(folder, tmp_path)
+    (file,) = (tmp_path / "data" / "cache").iterdir()
+    pixels = np.array(first.pixels)
+    for keep in (0, 5, file.stat().st_size // 2, file.stat().st_size - 1):
+        file.write_bytes(file.read_bytes()[:keep])
+        assert (opened(folder, tmp_path).pixels == pixels).all()
+
+
+def test_a_failing_build_leaves_nothing(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        opened(folder, tmp_path)
+    assert not list((tmp_path / "data" / "cache").iterdir())
+
+
+def test_pixels_are_kept_at_twice_the_view_or_at_their_own_size(folder, tmp_path):
+    assert [opened(folder, tmp_path, size).pixels.shape[2] for size in (16, 32, 48)] == [32, 64, 64]
+
+
+def test_pretext_split_is_the_tenth_of_lowest_md5_and_never_val(labelled):
+    entries = list_data(str(labelled)).entries
+    train, val = pretext_split(entries, 2)
+    usable = [row for row, entry in enumerate(entries) if entry.split != "val"]
+    assert sorted(train + val) == usable
+    digest = lambda row: hashlib.md5(entries[row].path.encode()).hexdigest()  # noqa: E731
+    assert max(map(digest, val)) < min(map(digest, train))
+    assert len(val) == max(3, round(len(usable) / 10))
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_too_few_images(count, folder, tmp_path):
+    for file in sorted(folder.iterdir())[count:]:
+        file.unlink()
+    with pytest.raises(UsageError, match=f"holds {count} images? to train on"):
+        open_pretext(str(folder), 32, tmp_path / "data", 2)
+    assert not (tmp_path / "data").exists()
+
+
+def test_loaders(cache):
+    images, train, val = open_pretext("photos", 32, cache, 100)
+    train_loader, val_loader = get_dataloaders(images, train, val, 100, seed=0)
+    epochs = []
+    for epoch in (0, 1, 0):
+        train_loader.batch_sampler.epoch = epoch
+        batches = [pixels for pixels, _ in train_loader]
+        assert len(batches) == len(train) // 100 == len(train_loader)
+        assert all(pixels.shape == (100, 3, 64, 64) and pixels.dtype == torch.uint8 for pixels in batches)
+        epochs.append(torch.cat(batches))
+    assert not torch.equal(epochs[0], epochs[1]) and torch.equal(epochs[0], epochs[2])
+    pixels, labels = map(torch.cat, zip(*val_loader, strict=True))
+    assert torch.equal(pixels, torch.from_numpy(images.pixels[val])) and torch.equal(labels, images.labels[val])
+
+
+def test_every_training_image_once_an_epoch(folder, tmp_path):
+    images, train, val = open_pretext(str(folder), 32, tmp_path / "data", 6)
+    loader, _ = get_dataloaders(images, train, val, 6, seed=1)
+    rows = [row for batch in loader.batch_sampler for row in batch]
+    assert len(set(rows)) == len(rows) == 36

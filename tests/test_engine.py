@@ -1,0 +1,145 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from augment import generator
+from data import get_dataloaders, open_pretext
+from engine import Trainer, choose_amp, choose_device, learning_rate
+from errors import RunError, UsageError
+from models import build_unmixer
+from tasks import MixupTransform, validation_task
+
+
+@pytest.fixture
+def loaders(cache):
+    images, train, val = open_pretext("photos", 16, cache, 64)
+    return get_dataloaders(images, train[:320], val[:40], 64, seed=0)
+
+
+def trainer(lr=1e-3, steps=10, **options):
+    torch.manual_seed(0)
+    task = MixupTransform("batch", size=16)
+    return Trainer(build_unmixer("conv", "cosine", 16), task, lr=lr, steps=steps, **options)
+
+
+class Bar:
+    """Stands in for a progress bar and keeps what it was told."""
+
+    def __init__(self):
+        self.images, self.postfix = 0, {}
+
+    def update(self, images):
+        self.images += images
+
+    def set_postfix(self, figures, refresh):
+        self.postfix = figures
+
+
+def test_schedule_rises_then_falls_to_nothing():
+    rates = [learning_rate(step, 1000, 2.0) for step in range(1001)]
+    assert 0 < rates[0] < 0.1 and max(rates) == 2.0 == rates[50]
+    assert rates[:51] == sorted(rates[:51]) and rates[50:] == sorted(rates[50:], reverse=True)
+    assert rates[1000] < 1e-9
+    assert learning_rate(0, 1, 2.0) == 2.0  # a run of one step does learn
+
+
+def test_an_epoch_trains_and_reports(loaders):
+    t, bar = trainer(), Bar()
+    before = copy.deepcopy(t.model.state_dict())
+    means = t.train_epoch(loaders[0], 0, bar)
+    assert bar.images == 320 and set(bar.postfix) == {"loss", "source_accuracy"}
+    assert set(means) == {"loss", "source_accuracy", "weight_mae", "gradient_norm", "learning_rate"}
+    assert means["gradient_norm"] > 0
+    moved = [not torch.equal(before[name], value) for name, value in t.model.state_dict().items()]
+    assert all(moved)
+
+
+def test_evaluation_changes_nothing(loaders):
+    t = trainer()
+    before = copy.deepcopy(t.model.state_dict())
+    exam = validation_task(True, 16, "softmax")
+    assert t.evaluate(loaders[1], exam) == t.evaluate(loaders[1], exam)
+    assert all(torch.equal(before[name], value) for name, value in t.model.state_dict().items())
+
+
+def test_evaluation_weighs_batches_by_their_size(loaders):
+    ((images, labels),) = loaders[1]
+    batches = [(images[:30], labels[:30]), (images[30:], labels[30:])]
+    size = trainer().evaluate(
+        batches, validation_task(True, 16, "softmax"), lambda q: {"size": torch.tensor(len(q.mixtures))}
+    )
+    assert size == {"size": (30 * 30 + 10 * 10) / 40}
+
+
+def test_settling_warms_up_the_statistics_and_learns_nothing(loaders):
+    t = trainer()
+    weights = copy.deepcopy(dict(t.model.named_parameters()))
+    t.settle(loaders[0])
+    assert all(torch.equal(weights[name], p) for name, p in t.model.named_parameters())
+    norm = next(m for m in t.model.modules() if isinstance(m, nn.BatchNorm2d))
+    assert norm.num_batches_tracked == 5 and norm.running_mean.abs().max() > 0
+
+
+def test_the_same_seed_gives_the_same_weights(loaders):
+    states = []
+    for _ in range(2):
+        t = trainer()
+        t.train_epoch(loaders[0], 0, Bar())
+        states.append(t.model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_non_finite_loss_stops_the_run_and_says_what_to_try(loaders):
+    t = trainer(lr=0.1)
+    with torch.no_grad():
+        t.model.decoder.log_scale.fill_(float("nan"))
+    with pytest.raises(RunError, match="loss is nan in epoch 3.*lower --lr .it was 0.1"):
+        t.train_epoch(loaders[0], 2, Bar())
+
+
+def test_bf16(loaders):
+    t = trainer(amp=True)
+    means = t.train_epoch(loaders[0], 0, Bar())
+    assert means["loss"] < 10 and all(p.dtype == torch.float32 for p in t.model.parameters())
+
+
+def test_weight_decay_leaves_biases_and_normalisation_alone():
+    scalars, free, decayed = trainer().optimizer.param_groups
+    assert decayed["weight_decay"] > 0 == free["weight_decay"] == scalars["weight_decay"]
+    assert {p.ndim for p in decayed["params"]} == {2, 4}
+    assert {p.ndim for p in free["params"]} == {1} and {p.ndim for p in scalars["params"]} == {0}
+
+
+def test_the_state_holds_tensors_and_plain_values(loaders, tmp_path):
+    t = trainer()
+    t.train_epoch(loaders[0], 0, Bar())
+    torch.save(t.state(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert set(state) == {"model", "optimizer", "schedule"} and state["schedule"] == {
+        "lr": 1e-3,
+        "steps": 10,
+        "taken": 5,
+    }
+
+
+def test_devices():
+    assert choose_device("cpu").type == "cpu"
+    assert choose_amp("bf16", torch.device("cpu")) and not choose_amp("off", torch.device("cpu"))
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="--device cuda: this machine has none.*to use (cpu|mps)"):
+            choose_device("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_no_synchronisation_inside_a_step(loaders):
+    t = trainer(device=torch.device("cuda"), amp=True)
+    t.train_epoch(loaders[0], 0, Bar())
+    images = next(iter(loaders[0]))[0].pin_memory()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        t.step(t.task(images.to("cuda", non_blocking=True), generator(0)), 6)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

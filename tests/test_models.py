@@ -1,0 +1,121 @@
+import pytest
+import torch
+import torchvision
+
+from errors import UsageError
+from models import (
+    DECODERS,
+    ENCODERS,
+    TORCHVISION,
+    ConvBlock,
+    ConvEncoder,
+    ResBlock,
+    TorchvisionEncoder,
+    Unmixer,
+    build_decoder,
+    build_encoder,
+    build_unmixer,
+)
+
+
+def warmed_up(model, size=32):
+    """In eval mode, with statistics of normalisation that are not those of the start."""
+    torch.manual_seed(0)
+    model.train()
+    with torch.no_grad():
+        for _ in range(3):
+            images = torch.randn(12, 3, size, size)
+            model(images[:6], images[6:], torch.arange(6).expand(6, 6)) if isinstance(model, Unmixer) else model(images)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=DECODERS)
+def unmixer(request):
+    torch.manual_seed(0)
+    return warmed_up(build_unmixer("conv", request.param, 32))
+
+
+def question(B=5, n=3):
+    torch.manual_seed(1)
+    images = torch.randn(2 * B, 3, 32, 32)
+    candidates = torch.stack([torch.randperm(B)[:n] for _ in range(B)])
+    return images[:B], images[B:], candidates
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_one_pass_answers_as_image_by_image(name):
+    encoder = warmed_up(build_encoder(name))
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        together = encoder(images)
+        alone = torch.cat([encoder(image[None]) for image in images])
+    assert together.shape == (4, encoder.out_features)
+    assert torch.allclose(together, alone, rtol=1e-3, atol=1e-4 * together.abs().max())
+
+
+def test_answers_do_not_depend_on_the_batch(unmixer):
+    mixtures, asked, candidates = question()
+    with torch.no_grad():
+        together = unmixer(mixtures, asked, candidates)
+        alone = torch.cat([unmixer(mixtures[i : i + 1], asked[candidates[i]], torch.arange(3)[None]) for i in range(5)])
+    assert together.shape == (5, 3)
+    assert torch.allclose(together, alone, rtol=1e-3, atol=1e-3 * together.abs().max())
+
+
+def test_permuting_the_candidates_permutes_the_answer(unmixer):
+    mixtures, asked, candidates = question()
+    order = torch.tensor([2, 0, 1])
+    with torch.no_grad():
+        straight, permuted = unmixer(mixtures, asked, candidates), unmixer(mixtures, asked, candidates[:, order])
+    assert torch.allclose(straight[:, order], permuted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_answer_depends_on_the_mixture_and_on_the_candidates(unmixer):
+    mixtures, asked, candidates = question()
+    with torch.no_grad():
+        base = unmixer(mixtures, asked, candidates)
+        assert not torch.allclose(base, unmixer(mixtures.flip(0), asked, candidates))
+        assert not torch.allclose(base, unmixer(mixtures, asked.flip(0), candidates))
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_every_parameter_learns(decoder):
+    model = build_unmixer("conv", decoder, 32)
+    model(*question()).square().sum().backward()
+    still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not still
+
+
+@pytest.mark.parametrize("block", [ConvBlock, ResBlock])
+@pytest.mark.parametrize(("outputs", "stride"), [(8, 1), (16, 1), (16, 2)])
+def test_blocks_have_one_interface(block, outputs, stride):
+    assert block(8, outputs, stride)(torch.randn(2, 8, 10, 10)).shape == (2, outputs, 10 // stride, 10 // stride)
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvision_encoders_keep_the_key_names(name):
+    plain = torchvision.models.get_model(name)
+    missing, unexpected = plain.load_state_dict(TorchvisionEncoder(name).state_dict(), strict=False)
+    assert not unexpected
+    assert all(key.split(".")[0] == TORCHVISION[name] for key in missing) and missing
+
+
+@pytest.mark.parametrize("size", [8, 20, 33, 64])
+def test_conv_encoder_takes_any_size(size):
+    assert ConvEncoder().eval()(torch.randn(2, 3, size, size)).shape == (2, ConvEncoder().out_features)
+
+
+def test_unknown_names_and_impossible_sizes():
+    with pytest.raises(UsageError, match="resnet19.*use one of conv"):
+        build_encoder("resnet19")
+    with pytest.raises(UsageError, match="decoder 'linear' is unknown: use one of ridge"):
+        build_decoder("linear", 8)
+    with pytest.raises(UsageError, match="--size 8 is too small for the encoder convnext_tiny"):
+        build_unmixer("convnext_tiny", "cosine", 8)
+
+
+def test_pretrained_weights_that_cannot_be_had(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(UsageError, match="pretrained weights of resnet18 are not in torch's cache"):
+        build_encoder("resnet18", pretrained=True)

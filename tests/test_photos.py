@@ -1,0 +1,64 @@
+import hashlib
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import photos
+from errors import UsageError
+
+
+def test_shape_of_imagewang():
+    patches = photos.list_patches()
+    assert 2000 <= len(patches) <= 3000
+    classes = Counter(path.rsplit("/")[-1].split("-")[0] for path, _, _ in patches)
+    assert set(classes) == set(photos.PHOTOS)
+    assert set(classes.values()) == {photos.PATCHES}
+    per_split = {
+        split: Counter(path.rsplit("/")[-1].split("-")[0] for path, s, _ in patches if s == split)
+        for split in ("train", "val", "unsup")
+    }
+    easy, hard = list(photos.PHOTOS)[: photos.EASY], list(photos.PHOTOS)[photos.EASY :]
+    assert len(easy) == len(hard)
+    assert all(per_split["train"][name] == photos.PATCHES for name in easy)
+    for name in hard:
+        assert [per_split[s][name] / photos.PATCHES for s in ("train", "val", "unsup")] == [0.1, 0.3, 0.6]
+    assert all(label == path.split("/")[1] for path, split, label in patches if split != "unsup")
+    assert all(label is None for _, split, label in patches if split == "unsup")
+
+
+def test_patches_of_different_splits_never_share_a_pixel():
+    for name in photos.PHOTOS:
+        seen = {}
+        width, height = photos._photo(name).size
+        for path, split, _ in photos.list_patches():
+            patch, left, top, side = path.rsplit("/")[-1].split("-")
+            if patch == name:
+                left, top, side = int(left), int(top), int(side)
+                assert left >= 0 and top >= 0 and left + side <= width and top + side <= height
+                seen.setdefault(split, np.zeros((height, width), bool))[top : top + side, left : left + side] = True
+        assert sum(mask.astype(int) for mask in seen.values()).max() == 1
+
+
+def test_several_scales_and_something_in_every_patch():
+    patches = photos.list_patches()
+    assert len({path.rsplit("-", 1)[1] for path, _, _ in patches}) == len(photos.SCALES)
+    faint = [path for path, _, _ in patches[::10] if photos.load_patch(path, 64).std() < 2]
+    assert not faint
+
+
+def test_the_same_on_every_machine():
+    """The boxes to the pixel; the pixels of a PNG, whose decoding leaves no choice, to the bit."""
+    paths = "\n".join(path for path, _, _ in photos.list_patches())
+    assert (
+        hashlib.sha256(paths.encode()).hexdigest() == "239b82eec4897b5a9030a8b27f0caa4dae6f7ff649c4f6161e7b71e81dbfcb4a"
+    )
+    cat = b"".join(photos.load_patch(path, 64).tobytes() for path in sorted(paths.split("\n")) if "/cat-" in path)
+    assert hashlib.sha256(cat).hexdigest() == "95a0461b74c96be77f9af32ea5f7f8864424c5658287f4e4bbdb7a406208c5b6"
+
+
+def test_a_changed_wheel_is_noticed(monkeypatch):
+    monkeypatch.setitem(photos.PHOTOS, "cat", ("chelsea.png", "0" * 64))
+    photos._photo.cache_clear()
+    with pytest.raises(UsageError, match="chelsea.png is missing or not the known file"):
+        photos.list_patches()

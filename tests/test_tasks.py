@@ -1,0 +1,155 @@
+import math
+
+import pytest
+import torch
+from torch.distributions import Beta, Kumaraswamy, Uniform
+
+from augment import augment, generator
+from engine import VALIDATION_SEED
+from errors import UsageError
+from tasks import MixupTransform, compare, guess, least_squares, predict, unmixing_loss, validation_task
+
+
+def ask(batch, *args, seed=0, **options):
+    return MixupTransform(*args, **options)(batch, generator(seed))
+
+
+@pytest.mark.parametrize("candidates", [2, 3, 10, 24, "batch"])
+@pytest.mark.parametrize("views", [True, False])
+def test_a_question_keeps_the_contract(batch, candidates, views):
+    q = ask(batch, candidates, views=views)
+    n = 24 if candidates == "batch" else candidates
+    assert q.mixtures.shape == q.asked.shape == (24, 3, 32, 32)
+    assert q.candidates.shape == q.weights.shape == (24, n) and q.candidates.dtype == torch.int64
+    assert all(len(set(row)) == n for row in q.candidates.tolist())
+    assert torch.allclose(q.weights.sum(dim=1), torch.ones(24))
+    assert ((q.weights > 0).sum(dim=1) == 2).all()
+    own = q.candidates == torch.arange(24)[:, None]
+    assert (q.weights[own] > 0).all() and own.any(dim=1).all()  # every example is a source of its own mixture
+
+
+@pytest.mark.parametrize("candidates", [4, "batch"])
+@pytest.mark.parametrize("sources", [2, 3, 4])
+def test_the_mixture_is_the_weighted_sum_of_the_candidates_pixels(batch, candidates, sources):
+    q = ask(batch, candidates, sources, views=False)
+    mixed = torch.einsum("bn,bnchw->bchw", q.weights, q.asked[q.candidates])
+    assert torch.allclose(mixed, q.mixtures, atol=1e-5)
+    assert ((q.weights > 0).sum(dim=1) == sources).all()
+
+
+def test_with_views_the_candidates_show_another_view(batch):
+    rng = generator(0)
+    q = MixupTransform(3)(batch, rng)
+    mixed = torch.einsum("bn,bnchw->bchw", q.weights, q.asked[q.candidates])
+    assert (mixed - q.mixtures).abs().mean() > 0.1
+
+
+def test_candidates_are_shuffled(batch):
+    places = torch.cat([ask(batch, 3, seed=s).weights.argmax(dim=1) for s in range(40)])
+    assert torch.bincount(places).min() > 0.25 * len(places)
+
+
+@pytest.mark.parametrize(
+    "dist", [Beta(0.4, 0.4), Uniform(0.2, 0.3), Kumaraswamy(2.0, 3.0), Beta(torch.tensor(5.0), 1.0)]
+)
+def test_any_distribution_on_the_unit_interval_mixes(batch, dist):
+    weights = torch.cat([ask(batch, "batch", dist=dist, seed=s).weights.diagonal() for s in range(60)])
+    assert abs(weights.mean() - dist.mean) < 0.05 and abs(weights.std() - dist.stddev) < 0.05
+
+
+def test_weights_stay_off_the_edges(batch):
+    weights = torch.cat([ask(batch, "batch", dist=Beta(0.01, 0.01), seed=s).weights.diagonal() for s in range(20)])
+    assert weights.min() >= 1e-3 - 1e-7 and weights.max() <= 1 - 1e-3 + 1e-7
+
+
+def test_stick_breaking(batch):
+    q = ask(batch, "batch", 3, dist=Uniform(0.4999, 0.5001))
+    assert torch.allclose(
+        q.weights.sort(dim=1, descending=True).values[0, :3], torch.tensor([0.5, 0.25, 0.25]), atol=1e-3
+    )
+
+
+def test_a_question_depends_on_the_seed_alone_and_leaves_the_global_state(batch):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    one = ask(batch, 3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    two, other = ask(batch, 3), ask(batch, 3, seed=5)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert not torch.equal(one.weights, other.weights) and not torch.equal(one.mixtures, other.mixtures)
+
+
+def test_partners_change_from_step_to_step(batch):
+    partners = {tuple(ask(batch, "batch", seed=s).weights[0].nonzero().flatten().tolist()) for s in range(30)}
+    assert len(partners) > 10
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"candidates": 1}, "candidates is 1"),
+        ({"candidates": 2, "sources": 3}, "so use 3 or more"),
+        ({"sources": 1}, "at least 2 images"),
+        ({"activation": "relu"}, "softmax, sigmoid"),
+    ],
+)
+def test_impossible_questions(options, message):
+    with pytest.raises(UsageError, match=message):
+        MixupTransform(**options)
+
+
+def test_more_candidates_than_images(batch):
+    with pytest.raises(UsageError, match="25 candidates need as many images"):
+        ask(batch, 25)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_the_loss_is_zero_when_perfect_and_above_otherwise(activation, batch):
+    weights = ask(batch, 5).weights
+    inverse = {"softmax": torch.log, "sigmoid": torch.logit}[activation]
+    logits = inverse(weights.clamp(1e-7, 1 - 1e-7))
+    assert abs(unmixing_loss(logits, weights, activation)) < 1e-3
+    assert torch.allclose(predict(logits, activation), weights, atol=1e-5)
+    assert unmixing_loss(logits + torch.randn(logits.shape), weights, activation) > 0.05
+
+
+def test_the_loss_is_the_divergence(batch):
+    weights, logits = ask(batch, 5).weights, torch.randn(24, 5)
+    divergence = torch.nn.functional.kl_div(logits.log_softmax(dim=1), weights, reduction="batchmean")
+    assert torch.allclose(unmixing_loss(logits, weights, "softmax"), divergence, atol=1e-5)
+
+
+def test_scores():
+    weights = torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.5, 0.5]])
+    predicted = torch.tensor([[0.2, 0.6, 0.1], [0.6, 0.3, 0.1]])
+    scores = compare(predicted, weights)
+    assert scores["source_accuracy"] == 0.5
+    assert math.isclose(scores["weight_mae"], (0.5 + 0.3 + 0.1 + 0.6 + 0.2 + 0.4) / 6, rel_tol=1e-6)
+
+
+def test_one_constant_names_no_source(batch):
+    q = ask(batch, 3)
+    assert compare(guess(q), q.weights)["source_accuracy"] == 0
+
+
+def test_least_squares_solves_the_task_on_the_same_pixels_and_not_on_another_view(batch):
+    same, other = ask(batch, 3, views=False), ask(batch, 3)
+    solved = compare(least_squares(same), same.weights)
+    assert solved["source_accuracy"] == 1 and solved["weight_mae"] < 1e-4
+    assert compare(least_squares(other), other.weights)["weight_mae"] > 0.1
+
+
+def test_the_validation_question_is_fixed(batch):
+    q = validation_task(True, 32, "softmax")(batch, generator(VALIDATION_SEED, 0))
+    sources = q.weights[q.weights > 0]
+    assert q.candidates.shape == (24, 3) and len(sources) == 48
+    assert sources.min() >= 0.1 and sources.max() <= 0.9
+    assert torch.equal(q.asked, validation_task(True, 32, "sigmoid")(batch, generator(VALIDATION_SEED, 0)).asked)
+
+
+def test_the_seen_view_is_the_first_drawn(batch):
+    """Two views of an image are independent draws: the asked one isn't the seen one again."""
+    rng = generator(3)
+    first, second = augment(batch, 32, rng), augment(batch, 32, rng)
+    assert (first - second).abs().mean() > 0.1

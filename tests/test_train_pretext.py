@@ -1,0 +1,208 @@
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from models import ConvEncoder
+
+QUICK = ("--epochs", 2, "--size", 16, "--batch-size", 256)
+SUMMARY = {
+    "data", "task", "epochs", "train_images", "val_images", "val_loss", "val_source_accuracy", "val_weight_mae",
+    "images_per_second", "seconds", "device", "seed",
+}  # fmt: skip
+
+
+@pytest.fixture
+def pretext(script, cache):
+    """Run train_pretext.py on the bundled photographs; returns how it ended and its folder."""
+
+    def run(*args, out="run"):
+        return script("train_pretext.py", *QUICK, "--data-dir", cache, "--out", out, *args), Path(out)
+
+    return run
+
+
+def read(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def figures(folder):
+    return {name: v for name, v in read(folder).items() if name not in ("seconds", "images_per_second")}
+
+
+def test_a_run_leaves_everything_that_is_promised(pretext):
+    end, folder = pretext("--candidates", 3)
+    assert end.status == 0, end.err
+    summary = read(folder)
+    assert summary.keys() >= SUMMARY
+    assert (summary["data"], summary["task"], summary["epochs"], summary["seed"]) == ("photos", "mixup", 2, 0)
+    assert summary["train_images"] + summary["val_images"] == 2176 and summary["val_images"] == 218
+    assert not [name for name in summary if "own" in name]  # the run's question is the fixed one's kind
+
+    rows = list(csv.DictReader((folder / "history.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert float(rows[-1]["val_loss"]) == summary["val_loss"]
+
+    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+    for curve, name in {
+        "loss/train": "train_loss", "loss/val": "val_loss", "source_accuracy/train": "train_source_accuracy",
+        "source_accuracy/val": "val_source_accuracy", "weight_mae/train": "train_weight_mae",
+        "weight_mae/val": "val_weight_mae", "learning_rate": "learning_rate", "gradient_norm": "gradient_norm",
+        "images_per_second": "images_per_second",
+    }.items():  # fmt: skip
+        points = {e.step: e.value for e in events.Scalars(curve) if e.step > 0}
+        assert points == pytest.approx({int(row["epoch"]): float(row[name]) for row in rows}, rel=1e-5), curve
+    assert [image.step for image in events.Images("validation")] == [1, 2]
+
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert state.keys() == {"model", "optimizer", "schedule", "epoch", "settings"}
+    assert (
+        state["epoch"] == 2 and state["settings"]["candidates"] == 3 and state["schedule"]["taken"] == 2 * (1958 // 256)
+    )
+    ConvEncoder().load_state_dict(torch.load(folder / "encoder.pt", weights_only=True))
+    settings = json.loads((folder / "settings.json").read_text())
+    assert (
+        settings["command"].startswith("train_pretext.py --epochs 2")
+        and settings["versions"]["torch"] == torch.__version__
+    )
+
+    assert f"tensorboard --logdir {folder.parent}" in end.out
+    for row in ("chance", "least squares on pixels", "untrained", "trained"):
+        assert row in end.out
+
+
+def test_another_question_adds_figures_of_its_own(pretext):
+    end, folder = pretext("--candidates", 20, "--sources", 3)
+    assert end.status == 0, end.err
+    assert {"val_own_loss", "val_own_source_accuracy", "val_own_weight_mae"} <= read(folder).keys()
+
+
+def test_same_seed_same_figures_and_every_seed_the_same_validation_question(pretext):
+    (_, one), (_, two), (_, other) = pretext(out="one"), pretext(out="two"), pretext("--seed", 1, out="other")
+    assert figures(one) == figures(two)
+    assert torch.equal(*(torch.load(run / "checkpoint.pt")["model"]["decoder.log_ridge"] for run in (one, two)))
+    assert read(other)["val_loss"] != read(one)["val_loss"]
+    # what needs no network depends on the question alone
+    for name in ("chance", "least squares on pixels"):
+        assert read(one)["references"][name] == read(other)["references"][name]
+
+
+@pytest.mark.parametrize("options", [
+    ("--no-views",), ("--activation", "sigmoid"), ("--decoder", "mlp", "--candidates", 4), ("--decoder", "dot"),
+    ("--encoder", "resnet18", "--epochs", 1, "--batch-size", 512),
+])  # fmt: skip
+def test_every_option_trains(pretext, options):
+    end, folder = pretext(*options)
+    assert end.status == 0, end.err
+    assert 0 <= read(folder)["val_source_accuracy"] <= 1
+
+
+def test_a_folder_of_ones_own(script, folder):
+    end = script("train_pretext.py", "--data", folder, "--epochs", 1, "--batch-size", 16, "--size", 16, "--out", "run")
+    assert end.status == 0, end.err
+    assert read(Path("run"))["train_images"] == 36 and "40 unsup, no labels" in end.out
+
+
+def test_val_is_never_seen(script, labelled, monkeypatch):
+    import data
+
+    gathered = set()
+    collate = data.ImageDataset.collate
+    monkeypatch.setattr(data.ImageDataset, "collate", lambda self, rows: gathered.update(rows) or collate(self, rows))
+    end = script("train_pretext.py", "--data", labelled, "--epochs", 3, "--batch-size", 8, "--size", 16, "--out", "run")
+    assert end.status == 0, end.err
+    entries = data.list_data(str(labelled)).entries
+    assert gathered and not [row for row in gathered if entries[row].split == "val"]
+
+
+def test_a_run_is_not_overwritten_unasked(pretext):
+    _, folder = pretext("--epochs", 1)
+    (folder / "notes.txt").write_text("mine")
+    before = read(folder)
+    end, _ = pretext("--epochs", 1)
+    assert end.status == 2 and "run holds a run already" in end.err and read(folder) == before
+    end, _ = pretext("--epochs", 1, "--overwrite", "--seed", 1)
+    assert end.status == 0 and read(folder)["seed"] == 1 and (folder / "notes.txt").exists()
+    assert len(list(folder.glob("events.out.tfevents.*"))) == 1
+
+
+def one_image(root, patches):
+    root.mkdir()
+    patches[0].save(root / "one.png")
+    return root
+
+
+BAD = {
+    "missing path": (("--data", "nowhere"), "no such folder"),
+    "empty folder": (("--data", "empty"), "no usable image"),
+    "a file": (("--data", "file.png"), "is a file; give the folder"),
+    "one image": (("--data", "single"), "holds 1 image to train on"),
+    "more candidates than the batch has": (("--candidates", 300), "--candidates 300 is more than --batch-size 256"),
+    "a single candidate": (("--candidates", 1), "'1' is not a number of candidates"),
+    "fewer candidates than sources": (("--candidates", 2, "--sources", 3), "so use 3 or more"),
+    "one source": (("--sources", 1), "'1' is not a whole number of 2 or more"),
+    "unknown encoder": (("--encoder", "resnet19"), "invalid choice: 'resnet19'"),
+    "unknown option": (("--momentum", 1), "unrecognized arguments: --momentum"),
+    "batch size of nothing": (("--batch-size", 0), "'0' is not a whole number of 2 or more"),
+    "batch size above the images": (("--batch-size", 5000), "more than the 1958 images to train on"),
+    "size of nothing": (("--size", 0), "'0' is not a whole number of 8 to 1024"),
+    "size no memory holds": (("--size", 10**6), "'1000000' is not a whole number of 8 to 1024"),
+    "size in words": (("--size", "big"), "'big' is not a whole number"),
+    "size too small for the encoder": (("--size", 8, "--encoder", "convnext_tiny"), "too small for the encoder"),
+    "no epochs": (("--epochs", 0), "'0' is not a whole number of 1 or more"),
+    "half an epoch": (("--epochs", 0.5), "'0.5' is not a whole number"),
+    "negative seed": (("--seed", -1), "'-1' is not a whole number"),
+    "learning rate in words": (("--lr", "fast"), "'fast' is not a learning rate"),
+    "learning rate that is not a number": (("--lr", "nan"), "'nan' is not a learning rate"),
+    "infinite learning rate": (("--lr", "inf"), "'inf' is not a learning rate"),
+    "out is a file": (("--out", "file.png"), "is a file; give a folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(case, script, tmp_path, patches):
+    (tmp_path / "empty").mkdir()
+    patches[0].save(tmp_path / "file.png")
+    one_image(tmp_path / "single", patches)
+    before = sorted(tmp_path.rglob("*"))
+    args, message = BAD[case]
+    end = script("train_pretext.py", *QUICK, *args)
+    assert end.status == 2 and message in end.err
+    assert end.err.count("\n") == 1 and end.err.startswith("train_pretext.py: ") and not end.out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_divergence_is_a_failed_run(pretext):
+    end, _ = pretext("--lr", 999, "--epochs", 3)
+    assert end.status == 1 and "the loss is" in end.err and "lower --lr" in end.err and "Traceback" not in end.err
+
+
+def test_help_shows_every_default(script):
+    end = script("train_pretext.py", "--help")
+    assert end.status == 0
+    for text in (
+        "images:",
+        "question:",
+        "network:",
+        "training:",
+        "results:",
+        "(default: photos)",
+        "(default: 64)",
+        "px",
+    ):
+        assert text in " ".join(end.out.split())
+
+
+def test_as_a_command(tmp_path, cache):
+    """The very command line, in a process of its own."""
+    command = [sys.executable, ROOT / "train_pretext.py", *map(str, QUICK), "--data-dir", cache, "--epochs", "1"]
+    end = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert end.returncode == 0, end.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("pretext-photos-conv-") and read(folder)["epochs"] == 1
