@@ -85,10 +85,20 @@ def whole(images: torch.Tensor, size: int) -> torch.Tensor:
     images  B 3 H W  uint8
     returns B 3 S S  float32
     """
+    zeros, ones = torch.zeros(len(images), device=images.device), torch.ones(len(images), device=images.device)
+    return box(images, zeros, ones, zeros, ones, size)
+
+
+def box(images, left, width, top, height, size: int) -> torch.Tensor:
+    """Views of one box per image, normalised.
+
+    images                    B 3 H W  uint8
+    left, width, top, height  B  shares of the image; a negative width mirrors
+    returns                   B 3 S S  float32
+    """
     B = len(images)
-    zeros, ones = torch.zeros(B, device=images.device), torch.ones(B, device=images.device)
-    views = _crop(images, zeros, ones, zeros, ones, size)
-    return _affine(views, torch.eye(3, device=images.device).expand(B, 3, 3), zeros[:, None].expand(B, 3))
+    matrix = torch.eye(3, device=images.device).expand(B, 3, 3)
+    return _affine(_crop(images, left, width, top, height, size), matrix, torch.zeros(B, 3, device=images.device))
 
 
 def to_pixels(views: torch.Tensor) -> torch.Tensor:
@@ -102,7 +112,7 @@ def _between(uniform: torch.Tensor, low: float, high: float) -> torch.Tensor:
 
 
 def _crop(images, left, width, top, height, size):
-    """Boxes in shares of the image, B each (a negative width mirrors) -> B 3 S S float in [0, 1]."""
+    """As `box`, but B 3 S S float in [0, 1]."""
     columns = _resampling(left, width, images.shape[3], size)  # B S W
     rows = _resampling(top, height, images.shape[2], size)  # B S H
     pixels = images.float() / 255

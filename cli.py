@@ -19,9 +19,17 @@ import checkpoint
 from engine import AMP, DEVICES
 from errors import RunError, UsageError
 from models import DECODERS, ENCODERS
-from tasks import ACTIVATIONS
+from tasks import ACTIVATIONS, LOSSES, TASKS, LabelTask, MixupTransform, WeightTask, build_task
 
-RUN_FILES = ("settings.json", "history.csv", "summary.json", "checkpoint.pt", "encoder.pt", "events.out.tfevents.*")
+RUN_FILES = (
+    "settings.json",
+    "history.csv",
+    "summary.json",
+    "validation.png",
+    "checkpoint.pt",
+    "encoder.pt",
+    "events.out.tfevents.*",
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,8 +92,14 @@ def add_data_options(parser: Parser) -> None:
 
 
 def add_task_options(parser: Parser, candidates: int | str) -> None:
-    """--candidates, --sources, --views, --activation."""
+    """--task, --candidates, --sources, --views, --activation, --loss."""
     group = parser.add_argument_group("question")
+    group.add_argument(
+        "--task",
+        choices=TASKS,
+        default="mixup",
+        help="how much of each image is in the mixture; or easier ones, and `rotate`, to compare with",
+    )
     group.add_argument(
         "--candidates", type=_candidates, default=candidates, help="images to choose from; `batch`: all of the batch"
     )
@@ -99,6 +113,17 @@ def add_task_options(parser: Parser, candidates: int | str) -> None:
     group.add_argument(
         "--activation", choices=ACTIVATIONS, default="softmax", help="weights as a distribution, or each by itself"
     )
+    group.add_argument("--loss", choices=LOSSES, default="kl", help="cross-entropy less its floor, or squared error")
+
+
+def make_task(args: argparse.Namespace, batch: int, batch_name: str) -> WeightTask | LabelTask:
+    """The task that the options describe. Raises UsageError where a batch of `batch` images is too small for it."""
+    task = build_task(args.task, args.candidates, args.sources, args.views, args.size, args.activation, args.loss)
+    if isinstance(task, MixupTransform):
+        name, needed = ("sources", task.sources) if task.candidates == "batch" else ("candidates", task.candidates)
+        if needed > batch:
+            raise UsageError(f"--{name} {needed} is more than {batch_name} {batch} has; change one of them")
+    return task
 
 
 def add_model_options(parser: Parser) -> None:

@@ -14,9 +14,7 @@ import cli
 from augment import generator
 from data import open_pretext
 from engine import Trainer, choose_amp, choose_device, device_name
-from errors import UsageError
-from models import build_unmixer
-from tasks import MixupTransform, compare, predict
+from models import build_model
 
 CHECK_EVERY = 10  # steps between two looks at the answers
 WEIGHT_MAE = 0.02  # mean weight error, at most
@@ -32,13 +30,11 @@ def main() -> int:
     cli.add_model_options(parser)
     cli.add_loop_options(parser, lr=1e-3)
     args = parser.parse_args()
-    if args.candidates != "batch" and args.candidates > args.n:
-        raise UsageError(f"--candidates {args.candidates} is more than the {args.n} examples; use {args.n} or fewer")
 
     device = choose_device(args.device)
-    task = MixupTransform(args.candidates, args.sources, None, args.views, args.size, args.activation)
+    task = cli.make_task(args, args.n, "--n")
     torch.manual_seed(args.seed)
-    model = build_unmixer(args.encoder, args.decoder, args.size)
+    model = build_model(args.encoder, args.decoder, args.size, task.classes)
     images, train, _ = open_pretext(args.data, args.size, args.data_dir, args.n)
     amp = choose_amp(args.amp, device)
     trainer = Trainer(model, task, lr=args.lr, steps=args.steps, seed=args.seed, device=device, amp=amp)
@@ -51,7 +47,7 @@ def main() -> int:
         model.train()
         trainer.step(question, step)
         if step % CHECK_EVERY == CHECK_EVERY - 1 or step == args.steps - 1:
-            scores = compare(predict(trainer.answer(question), args.activation), question.weights)
+            scores = task.score(trainer.answer(question), question)
             accuracy, error = scores["source_accuracy"].item(), scores["weight_mae"].item()
             learnt = accuracy == 1 and error < WEIGHT_MAE
             if learnt:

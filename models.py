@@ -196,6 +196,17 @@ class Unmixer(nn.Module):
         return self.decoder(*z.split([len(mixtures), len(asked)]), candidates)  # B n
 
 
+class Classifier(nn.Module):
+    """A linear head on an encoder: B 3 S S -> logits B classes."""
+
+    def __init__(self, encoder: nn.Module, classes: int):
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(encoder.out_features, classes)
+
+    def forward(self, views):
+        return self.head(self.encoder(views))  # B classes
+
+
 def build_encoder(name: str, pretrained: bool = False) -> nn.Module:
     """The encoder of that name, one of ENCODERS; `encoder.out_features` is D."""
     return ConvEncoder() if name == "conv" else TorchvisionEncoder(name, pretrained)
@@ -209,12 +220,17 @@ def build_decoder(name: str, features: int) -> nn.Module:
     return decoders[name](features)
 
 
-def build_unmixer(encoder: str, decoder: str, size: int, pretrained: bool = False) -> Unmixer:
-    """The network for views of `size` px. Raises UsageError where they are too small for the encoder."""
+def build_model(
+    encoder: str, decoder: str, size: int, classes: int | None = None, pretrained: bool = False
+) -> Unmixer | Classifier:
+    """The network for views of `size` px: an Unmixer, or with `classes` a Classifier, which has no decoder.
+
+    Raises UsageError where the views are too small for the encoder.
+    """
     net = build_encoder(encoder, pretrained)
     try:
         with torch.no_grad():
             net.eval()(torch.zeros(1, 3, size, size))
     except RuntimeError as error:
         raise UsageError(f"--size {size} is too small for the encoder {encoder}; use 32 or more") from error
-    return Unmixer(net, build_decoder(decoder, net.out_features))
+    return Classifier(net, classes) if classes else Unmixer(net, build_decoder(decoder, net.out_features))

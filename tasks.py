@@ -1,25 +1,31 @@
 """Pretext tasks: each turns a batch of images into a question with its answer, on the device.
 
-task(images, rng)           -> question         what the network is shown, and the answer
-model(*question.inputs)     -> logits
-task.score(logits, question) -> {"loss": ..., ...}  scalars, still on the device
+task(images, rng)            -> question: what the network is shown, and the answer
+model(*question.inputs)      -> logits
+task.score(logits, question) -> {"loss": ..., ...}: scalars, still on the device
+task.validation()            -> the task that a run is validated with, whatever it trained with
+task.baselines()             -> {name: question -> scores}: what needs no network
 """
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.distributions import Distribution, Uniform
 
-from augment import augment, send
+from augment import augment, box, send
 from errors import UsageError
 
+TASKS = ("mixup", "scale", "duplicate", "quadrant", "rotate")
 ACTIVATIONS = ("softmax", "sigmoid")
+LOSSES = ("kl", "mse")
 SMALLEST_WEIGHT = 1e-3
 
 
 class Question(NamedTuple):
-    """What an unmixing network is asked, and the answer."""
+    """How much of each candidate is in the mixture? And the answer."""
 
     mixtures: torch.Tensor  # B 3 S S
     asked: torch.Tensor  # A 3 S S  the views that candidates refer to
@@ -28,43 +34,94 @@ class Question(NamedTuple):
 
     @property
     def inputs(self) -> tuple[torch.Tensor, ...]:
+        """What the network is shown."""
         return self.mixtures, self.asked, self.candidates
 
 
-class MixupTransform:
+class LabelQuestion(NamedTuple):
+    """Which class does the view belong to? And the answer."""
+
+    views: torch.Tensor  # B 3 S S
+    labels: torch.Tensor  # B int64
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """What the network is shown."""
+        return (self.views,)
+
+
+class WeightTask:
+    """What tasks that ask for weights share: how an answer is scored. `classes` is None: an `Unmixer` answers.
+
+    activation  "softmax": the weights as a distribution; "sigmoid": each weight by itself
+    loss        "kl": cross-entropy less the entropy of the truth; "mse": squared error
+    """
+
+    classes = None
+
+    def __init__(self, size: int, activation: str, loss: str):
+        if activation not in ACTIVATIONS:
+            raise UsageError(f"activation {activation!r} is unknown: use one of {', '.join(ACTIVATIONS)}")
+        if loss not in LOSSES:
+            raise UsageError(f"loss {loss!r} is unknown: use one of {', '.join(LOSSES)}")
+        self.size, self.activation, self.loss = size, activation, loss
+
+    def predict(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits B n -> predicted weights B n."""
+        return logits.softmax(dim=1) if self.activation == "softmax" else logits.sigmoid()
+
+    def score(self, logits: torch.Tensor, question: Question) -> dict[str, torch.Tensor]:
+        """Means over the batch: loss (0 when perfect), source_accuracy and weight_mae, both in [0, 1]."""
+        if self.loss == "mse":
+            loss = (self.predict(logits) - question.weights).square().mean()
+        else:
+            loss = unmixing_loss(logits, question.weights, self.activation)
+        return {"loss": loss, **compare(self.predict(logits.detach()), question.weights)}
+
+    def validation(self) -> "WeightTask":
+        """The task itself."""
+        return self
+
+    def baselines(self) -> dict[str, Callable[[Question], dict[str, torch.Tensor]]]:
+        """The uninformed guess, and least squares on the pixels."""
+        return {
+            "chance": lambda q: compare(guess(q), q.weights) | {"source_accuracy": chance(q)},
+            "least squares on pixels": lambda q: compare(least_squares(q), q.weights),
+        }
+
+
+class MixupTransform(WeightTask):
     """Mix every image of a batch with others of it, and ask how much of each candidate is in the mixture.
 
     candidates  n >= 2, the k sources among n - k distractors in shuffled order; or "batch": every image of the batch
-    sources     k >= 2, images in a mixture; the first is the example itself
+    sources     k >= 1, images in a mixture, the first the example itself; k = 1: the mixture is one of the candidates
     dist        the mixing distribution, any torch.distributions object with values in [0, 1].
                 k = 2: weights w and 1 - w, w from dist; k > 2: stick-breaking, each source takes a share from dist of
-                what the ones before it left, the last takes the rest. Weights stay within [1e-3, 1 - 1e-3].
+                what the ones before it left, the last takes the rest. Shares stay within [1e-3, 1 - 1e-3].
                 Mixing two images with a Beta weight: mixup (Zhang et al. 2018, section 2).
     views       the candidates show another view than the one that was mixed; else the very same pixels
     size        side of a view, px
-    activation  "softmax": the weights as a distribution; "sigmoid": each weight by itself
     """
 
     def __init__(
         self,
-        candidates: int | str = "batch",
+        candidates: int | str = 8,
         sources: int = 2,
         dist: Distribution | None = None,
         views: bool = True,
         size: int = 32,
         activation: str = "softmax",
+        loss: str = "kl",
     ):
-        if sources < 2:
-            raise UsageError(f"sources is {sources}: a mixture needs at least 2 images")
+        super().__init__(size, activation, loss)
+        if sources < 1:
+            raise UsageError(f"sources is {sources}: a mixture holds at least 1 image")
         if candidates != "batch" and candidates < max(2, sources):
             raise UsageError(
                 f"candidates is {candidates}: the {sources} sources are among them, so use {max(2, sources)} or more"
             )
-        if activation not in ACTIVATIONS:
-            raise UsageError(f"activation {activation!r} is unknown: use one of {', '.join(ACTIVATIONS)}")
-        self.candidates, self.sources = candidates, sources
+        self.candidates, self.sources, self.views = candidates, sources, views
         self.dist = dist if dist is not None else Uniform(0.0, 1.0)
-        self.views, self.size, self.activation = views, size, activation
 
     def __call__(self, images: torch.Tensor, rng: torch.Generator) -> Question:
         """images B 3 H W uint8 -> Question; raises UsageError where the batch is smaller than the candidates."""
@@ -101,11 +158,98 @@ class MixupTransform:
             left = left - weights[-1]
         return rows, torch.stack([*weights, left], dim=1)
 
-    def score(self, logits: torch.Tensor, question: Question) -> dict[str, torch.Tensor]:
-        """Means over the batch: loss (0 when perfect), source_accuracy and weight_mae, both in [0, 1]."""
-        loss = unmixing_loss(logits, question.weights, self.activation)
-        predicted = predict(logits.detach(), self.activation)
-        return {"loss": loss, **compare(predicted, question.weights)}
+    def validation(self) -> "MixupTransform":
+        """The question that is the same for every run, so that figures compare: two of three candidates, weights from
+        0.1 to 0.9. (A run on mixtures of one image is asked for that one among three.)"""
+        sources = min(2, self.sources)
+        return MixupTransform(3, sources, Uniform(0.1, 0.9), self.views, self.size, self.activation, self.loss)
+
+
+class Scale(WeightTask):
+    """The easiest question about weights: the candidates are the image itself, scaled by the weights.
+
+    It takes no recognition at all, only an eye for contrast; a network that fails it is broken.
+    """
+
+    def __init__(self, candidates: int = 3, size: int = 32, activation: str = "softmax", loss: str = "kl"):
+        super().__init__(size, activation, loss)
+        self.candidates = candidates
+
+    def __call__(self, images: torch.Tensor, rng: torch.Generator) -> Question:
+        """images B 3 H W uint8 -> Question with B * n rows to ask about."""
+        B, n = len(images), self.candidates
+        weights = send(torch.rand(B, n, generator=rng), images.device)
+        weights = weights / weights.sum(dim=1, keepdim=True)
+        seen = augment(images, self.size, rng)  # B 3 S S
+        asked = (weights[:, :, None, None, None] * seen[:, None]).flatten(0, 1)  # B*n 3 S S
+        return Question(seen, asked, torch.arange(B * n, device=images.device).view(B, n), weights)
+
+
+class LabelTask:
+    """What classification tasks share: a linear head on the encoder answers, with `classes` logits."""
+
+    classes = 4
+
+    def __init__(self, size: int = 32):
+        self.size = size
+
+    def score(self, logits: torch.Tensor, question: LabelQuestion) -> dict[str, torch.Tensor]:
+        """Means over the batch: loss (cross-entropy, nats) and accuracy."""
+        right = logits.detach().argmax(dim=1) == question.labels
+        return {"loss": F.cross_entropy(logits, question.labels), "accuracy": right.float().mean()}
+
+    def validation(self) -> "LabelTask":
+        """The task itself."""
+        return self
+
+    def baselines(self) -> dict[str, Callable[[LabelQuestion], dict[str, torch.Tensor]]]:
+        """Chance."""
+        return {"chance": lambda q: {"accuracy": torch.tensor(1 / self.classes)}}
+
+    def _labels(self, images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+        return send(torch.randint(self.classes, (len(images),), generator=rng), images.device)
+
+
+class Quadrant(LabelTask):
+    """Which quarter of the image is this? 0 top left, 1 top right, 2 bottom left, 3 bottom right."""
+
+    def __call__(self, images: torch.Tensor, rng: torch.Generator) -> LabelQuestion:
+        """images B 3 H W uint8 -> LabelQuestion."""
+        labels = self._labels(images, rng)
+        half = torch.full((len(images),), 0.5, device=images.device)
+        return LabelQuestion(box(images, labels % 2 * half, half, labels // 2 * half, half, self.size), labels)
+
+
+class Rotate(LabelTask):
+    """By how many quarter turns, counter-clockwise, is the view rotated? (Gidaris et al. 2018)"""
+
+    def __call__(self, images: torch.Tensor, rng: torch.Generator) -> LabelQuestion:
+        """images B 3 H W uint8 -> LabelQuestion."""
+        labels = self._labels(images, rng)
+        views = augment(images, self.size, rng)
+        turned = torch.stack([views.rot90(turns, (2, 3)) for turns in range(self.classes)])  # 4 B 3 S S
+        return LabelQuestion(turned[labels, torch.arange(len(images), device=images.device)], labels)
+
+
+def build_task(
+    name: str,
+    candidates: int | str = 8,
+    sources: int = 2,
+    views: bool = True,
+    size: int = 32,
+    activation: str = "softmax",
+    loss: str = "kl",
+) -> WeightTask | LabelTask:
+    """The task of that name, one of TASKS. Raises UsageError where the settings make no sense."""
+    if name in ("mixup", "duplicate"):
+        return MixupTransform(candidates, 1 if name == "duplicate" else sources, None, views, size, activation, loss)
+    if name == "scale":
+        if candidates == "batch":
+            raise UsageError("--task scale makes its own candidates: give their number, such as --candidates 3")
+        return Scale(candidates, size, activation, loss)
+    if name not in TASKS:
+        raise UsageError(f"task {name!r} is unknown: use one of {', '.join(TASKS)}")
+    return {"quadrant": Quadrant, "rotate": Rotate}[name](size)
 
 
 def sample(dist: Distribution, shape: tuple[int, ...], rng: torch.Generator) -> torch.Tensor:
@@ -116,11 +260,6 @@ def sample(dist: Distribution, shape: tuple[int, ...], rng: torch.Generator) -> 
         return dist.sample(shape).float().cpu()
     finally:
         torch.set_rng_state(state)
-
-
-def predict(logits: torch.Tensor, activation: str) -> torch.Tensor:
-    """logits B n -> predicted weights B n."""
-    return logits.softmax(dim=1) if activation == "softmax" else logits.sigmoid()
 
 
 def unmixing_loss(logits: torch.Tensor, weights: torch.Tensor, activation: str) -> torch.Tensor:
@@ -165,6 +304,7 @@ def guess(question: Question) -> torch.Tensor:
     return torch.full_like(question.weights, 1 / question.weights.shape[1])
 
 
-def validation_task(views: bool, size: int, activation: str) -> MixupTransform:
-    """The question that every run is validated with, whatever it trained with, so that figures compare."""
-    return MixupTransform(3, 2, Uniform(0.1, 0.9), views, size, activation)
+def chance(question: Question) -> torch.Tensor:
+    """The share of mixtures whose sources are named right by picking as many candidates at random."""
+    n = question.weights.shape[1]
+    return torch.tensor([1 / math.comb(n, k) for k in (question.weights > 0).sum(dim=1).tolist()]).mean()

@@ -5,11 +5,13 @@
     python train_pretext.py --epochs 50 --no-views              candidates show the very pixels that were mixed
     tensorboard --logdir runs                                   watch it
 
-The run's folder gets settings.json, history.csv, summary.json, checkpoint.pt, encoder.pt and TensorBoard's curves.
+The run's folder gets settings.json, history.csv, summary.json, validation.png, checkpoint.pt, encoder.pt and
+TensorBoard's curves.
 """
 
 import argparse
 import time
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -18,14 +20,21 @@ import checkpoint
 import cli
 from data import get_dataloaders, open_pretext
 from engine import Trainer, choose_amp, choose_device, device_name
-from errors import UsageError
-from models import build_unmixer
+from models import build_model
 from report import Log, draw_mixtures
-from tasks import MixupTransform, compare, guess, least_squares, predict, validation_task
+from tasks import Question
+
+WORDS = {
+    "loss": "loss",
+    "source_accuracy": "sources named right",
+    "weight_mae": "weight error",
+    "accuracy": "accuracy",
+}
+FORMATS = {"loss": ".3f", "source_accuracy": ".1%", "weight_mae": ".3f", "accuracy": ".1%"}
 
 
 def parse() -> argparse.Namespace:
-    """The command line -> settings. Raises UsageError where they do not go together."""
+    """The command line -> settings."""
     parser = cli.Parser(*__doc__.split("\n\n", 1))
     cli.add_data_options(parser)
     cli.add_task_options(parser, candidates=8)
@@ -35,11 +44,7 @@ def parse() -> argparse.Namespace:
     group.add_argument("--batch-size", type=cli.whole(2), default=64, help="images in a step")
     group.add_argument("--compile", action="store_true", help="torch.compile the encoder")
     cli.add_run_options(parser)
-    args = parser.parse_args()
-    name, needed = ("sources", args.sources) if args.candidates == "batch" else ("candidates", args.candidates)
-    if needed > args.batch_size:
-        raise UsageError(f"--{name} {needed} is more than --batch-size {args.batch_size} has; change one of them")
-    return args
+    return parser.parse_args()
 
 
 def main() -> None:
@@ -48,10 +53,10 @@ def main() -> None:
     started = time.perf_counter()
     device = choose_device(args.device)
     amp = choose_amp(args.amp, device)
-    task = MixupTransform(args.candidates, args.sources, None, args.views, args.size, args.activation)
-    exam = validation_task(args.views, args.size, args.activation)
+    task = cli.make_task(args, args.batch_size, "--batch-size")
+    exam = task.validation()
     torch.manual_seed(args.seed)
-    model = build_unmixer(args.encoder, args.decoder, args.size)
+    model = build_model(args.encoder, args.decoder, args.size, task.classes)
     folder = cli.choose_folder(args, "pretext")
 
     images, train, val = open_pretext(args.data, args.size, args.data_dir, args.batch_size)
@@ -67,14 +72,17 @@ def main() -> None:
     if args.compile:
         model.encoder.compile()
     trainer.settle(train_loader)
-    references = {
-        "chance": trainer.evaluate(val_loader, exam, lambda q: compare(guess(q), q.weights))
-        | {"source_accuracy": 1 / 3},
-        "least squares on pixels": trainer.evaluate(val_loader, exam, lambda q: compare(least_squares(q), q.weights)),
-        "untrained": trainer.evaluate(val_loader, exam),
-    }
+    references = {name: trainer.evaluate(val_loader, exam, score) for name, score in exam.baselines().items()}
+    references["untrained"] = trainer.evaluate(val_loader, exam)
     log.scalars(0, {f"val_{name}": value for name, value in references["untrained"].items()})
-    own = (args.candidates, args.sources) != (exam.candidates, exam.sources)  # figures of the run's own question too
+    # A run on another question than the fixed one is validated on its own as well.
+    own = args.task == "mixup" and (task.candidates, task.sources) != (exam.candidates, exam.sources)
+    smallest = min(map(len, val_loader.batch_sampler))
+    if own and task.candidates != "batch" and task.candidates > smallest:
+        print(
+            f"no val_own figures: {task.candidates} candidates need as many validation images in a batch of {smallest}"
+        )
+        own = False
     shown = next(trainer.questions(val_loader, exam))
 
     training = 0.0
@@ -86,26 +94,29 @@ def main() -> None:
             means = trainer.train_epoch(train_loader, epoch - 1, bar)
             seconds = time.perf_counter() - clock
             training += seconds
-            figures = {f"train_{name}": means.pop(name) for name in ("loss", "source_accuracy", "weight_mae")}
-            figures |= {**means, "images_per_second": seen / seconds}
-            figures |= {f"val_{name}": value for name, value in trainer.evaluate(val_loader, exam).items()}
+            scores = trainer.evaluate(val_loader, exam)
+            figures = {f"train_{name}" if name in scores else name: value for name, value in means.items()}
+            figures |= {"images_per_second": seen / seconds}
+            figures |= {f"val_{name}": value for name, value in scores.items()}
             if own:
                 figures |= {f"val_own_{name}": value for name, value in trainer.evaluate(val_loader, task).items()}
             log.epoch(epoch, figures)
-            predicted = predict(trainer.answer(shown), args.activation)
-            log.picture("validation", draw_mixtures(shown, predicted), epoch)
+            if isinstance(shown, Question):
+                picture = draw_mixtures(shown, exam.predict(trainer.answer(shown)))
+                log.picture("validation", picture, epoch)
+                picture.save(folder / "validation.png")
             state = {**trainer.state(), "epoch": epoch, "settings": vars(args)}
             checkpoint.save(state, folder / "checkpoint.pt")
+            said = ", ".join(f"{WORDS[name]} {value:{FORMATS[name]}}" for name, value in scores.items())
             tqdm.write(
-                f"epoch {epoch:{len(str(args.epochs))}}/{args.epochs}: train loss {figures['train_loss']:.3f}; "
-                f"validation loss {figures['val_loss']:.3f}, sources named right {figures['val_source_accuracy']:.1%}, "
-                f"weight error {figures['val_weight_mae']:.3f}; {figures['images_per_second']:.0f} images/s"
+                f"epoch {epoch:{len(str(args.epochs))}}/{args.epochs}: training loss {means['loss']:.3f}; "
+                f"validation {said}; {figures['images_per_second']:.0f} images/s"
             )
     log.close()
     checkpoint.save(model.encoder.state_dict(), folder / "encoder.pt")
     summary = {
         "data": args.data,
-        "task": "mixup",
+        "task": args.task,
         "epochs": args.epochs,
         "train_images": len(train),
         "val_images": len(val),
@@ -121,15 +132,18 @@ def main() -> None:
     print_summary(summary, folder)
 
 
-def print_summary(summary: dict, folder) -> None:
+def print_summary(summary: dict, folder: Path) -> None:
     """The result beside what it has to be compared with, and what to do next."""
     speed = f"{summary['images_per_second']:.0f} images/s"
     print(f"\n{summary['epochs']} epochs in {cli.duration(summary['seconds'])}, {speed} on {summary['device']}")
-    print(f"{'on ' + str(summary['val_images']) + ' validation mixtures':28} sources named right   weight error")
-    rows = {**summary["references"], "trained": {n[4:]: v for n, v in summary.items() if n.startswith("val_")}}
-    for name, row in rows.items():
-        print(f"  {name:26} {row['source_accuracy']:>19.1%} {row['weight_mae']:>14.3f}")
+    names = [name for name in WORDS if f"val_{name}" in summary and name != "loss"]
+    print(f"{'on ' + str(summary['val_images']) + ' validation images':28}" + "".join(f"{WORDS[n]:>22}" for n in names))
+    trained = {name: summary[f"val_{name}"] for name in names}
+    for row, scores in {**summary["references"], "trained": trained}.items():
+        print(f"  {row:26}" + "".join(f"{scores[name]:>22{FORMATS[name]}}" for name in names))
     print(f"\nlook at it   tensorboard --logdir {folder.parent}")
+    if (folder / "validation.png").exists():
+        print(f"or           {folder}/validation.png")
     print(f"results      {folder}/summary.json, history.csv, encoder.pt")
 
 

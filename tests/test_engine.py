@@ -8,8 +8,8 @@ from augment import generator
 from data import get_dataloaders, open_pretext
 from engine import Trainer, choose_amp, choose_device, learning_rate
 from errors import RunError, UsageError
-from models import build_unmixer
-from tasks import MixupTransform, validation_task
+from models import build_model
+from tasks import MixupTransform
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def loaders(cache):
 def trainer(lr=1e-3, steps=10, **options):
     torch.manual_seed(0)
     task = MixupTransform("batch", size=16)
-    return Trainer(build_unmixer("conv", "cosine", 16), task, lr=lr, steps=steps, **options)
+    return Trainer(build_model("conv", "cosine", 16), task, lr=lr, steps=steps, **options)
 
 
 class Bar:
@@ -59,7 +59,7 @@ def test_an_epoch_trains_and_reports(loaders):
 def test_evaluation_changes_nothing(loaders):
     t = trainer()
     before = copy.deepcopy(t.model.state_dict())
-    exam = validation_task(True, 16, "softmax")
+    exam = MixupTransform(size=16).validation()
     assert t.evaluate(loaders[1], exam) == t.evaluate(loaders[1], exam)
     assert all(torch.equal(before[name], value) for name, value in t.model.state_dict().items())
 
@@ -68,7 +68,7 @@ def test_evaluation_weighs_batches_by_their_size(loaders):
     ((images, labels),) = loaders[1]
     batches = [(images[:30], labels[:30]), (images[30:], labels[30:])]
     size = trainer().evaluate(
-        batches, validation_task(True, 16, "softmax"), lambda q: {"size": torch.tensor(len(q.mixtures))}
+        batches, MixupTransform(size=16).validation(), lambda q: {"size": torch.tensor(len(q.mixtures))}
     )
     assert size == {"size": (30 * 30 + 10 * 10) / 40}
 

@@ -14,7 +14,7 @@ from models import (
     Unmixer,
     build_decoder,
     build_encoder,
-    build_unmixer,
+    build_model,
 )
 
 
@@ -32,7 +32,7 @@ def warmed_up(model, size=32):
 @pytest.fixture(scope="module", params=DECODERS)
 def unmixer(request):
     torch.manual_seed(0)
-    return warmed_up(build_unmixer("conv", request.param, 32))
+    return warmed_up(build_model("conv", request.param, 32))
 
 
 def question(B=5, n=3):
@@ -80,7 +80,7 @@ def test_the_answer_depends_on_the_mixture_and_on_the_candidates(unmixer):
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_every_parameter_learns(decoder):
-    model = build_unmixer("conv", decoder, 32)
+    model = build_model("conv", decoder, 32)
     model(*question()).square().sum().backward()
     still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert not still
@@ -111,7 +111,7 @@ def test_unknown_names_and_impossible_sizes():
     with pytest.raises(UsageError, match="decoder 'linear' is unknown: use one of ridge"):
         build_decoder("linear", 8)
     with pytest.raises(UsageError, match="--size 8 is too small for the encoder convnext_tiny"):
-        build_unmixer("convnext_tiny", "cosine", 8)
+        build_model("convnext_tiny", "cosine", 8)
 
 
 def test_pretrained_weights_that_cannot_be_had(monkeypatch, tmp_path):

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.distributions import Beta, Kumaraswamy, Uniform
 
-from augment import augment, generator
+from augment import augment, generator, to_pixels
 from engine import VALIDATION_SEED
 from errors import UsageError
-from tasks import MixupTransform, compare, guess, least_squares, predict, unmixing_loss, validation_task
+from tasks import TASKS, MixupTransform, build_task, chance, compare, guess, least_squares, unmixing_loss
 
 
 def ask(batch, *args, seed=0, **options):
@@ -90,7 +90,7 @@ def test_partners_change_from_step_to_step(batch):
     [
         ({"candidates": 1}, "candidates is 1"),
         ({"candidates": 2, "sources": 3}, "so use 3 or more"),
-        ({"sources": 1}, "at least 2 images"),
+        ({"sources": 0}, "at least 1 image"),
         ({"activation": "relu"}, "softmax, sigmoid"),
     ],
 )
@@ -110,7 +110,7 @@ def test_the_loss_is_zero_when_perfect_and_above_otherwise(activation, batch):
     inverse = {"softmax": torch.log, "sigmoid": torch.logit}[activation]
     logits = inverse(weights.clamp(1e-7, 1 - 1e-7))
     assert abs(unmixing_loss(logits, weights, activation)) < 1e-3
-    assert torch.allclose(predict(logits, activation), weights, atol=1e-5)
+    assert torch.allclose(MixupTransform(activation=activation).predict(logits), weights, atol=1e-5)
     assert unmixing_loss(logits + torch.randn(logits.shape), weights, activation) > 0.05
 
 
@@ -141,11 +141,14 @@ def test_least_squares_solves_the_task_on_the_same_pixels_and_not_on_another_vie
 
 
 def test_the_validation_question_is_fixed(batch):
-    q = validation_task(True, 32, "softmax")(batch, generator(VALIDATION_SEED, 0))
+    q = MixupTransform().validation()(batch, generator(VALIDATION_SEED, 0))
     sources = q.weights[q.weights > 0]
     assert q.candidates.shape == (24, 3) and len(sources) == 48
     assert sources.min() >= 0.1 and sources.max() <= 0.9
-    assert torch.equal(q.asked, validation_task(True, 32, "sigmoid")(batch, generator(VALIDATION_SEED, 0)).asked)
+    assert torch.equal(
+        q.asked,
+        MixupTransform("batch", 4, activation="sigmoid").validation()(batch, generator(VALIDATION_SEED, 0)).asked,
+    )
 
 
 def test_the_seen_view_is_the_first_drawn(batch):
@@ -153,3 +156,63 @@ def test_the_seen_view_is_the_first_drawn(batch):
     rng = generator(3)
     first, second = augment(batch, 32, rng), augment(batch, 32, rng)
     assert (first - second).abs().mean() > 0.1
+
+
+def test_duplicate_asks_for_the_one_source(batch):
+    q = build_task("duplicate", 4)(batch, generator(0))
+    assert (q.weights.sort(dim=1).values == torch.tensor([0.0, 0, 0, 1])).all()
+    same = build_task("duplicate", 4, views=False)(batch, generator(0))
+    assert torch.equal(same.mixtures, same.asked[same.candidates[same.weights == 1]])
+    assert chance(q) == 1 / 4
+
+
+def test_scale_scales_the_image_by_the_weights(batch):
+    q = build_task("scale", 3)(batch, generator(0))
+    assert q.asked.shape == (72, 3, 32, 32) and q.candidates.shape == q.weights.shape == (24, 3)
+    assert torch.allclose(q.weights.sum(dim=1), torch.ones(24))
+    assert torch.allclose(q.asked[q.candidates], q.weights[..., None, None, None] * q.mixtures[:, None], atol=1e-6)
+
+
+def test_quadrant_shows_the_quarter_it_asks_for():
+    image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    for quarter, (top, left) in enumerate([(0, 0), (0, 32), (32, 0), (32, 32)]):
+        image[:, :, top : top + 32, left : left + 32] = 60 * quarter
+    q = build_task("quadrant")(image.expand(40, -1, -1, -1), generator(0))
+    assert torch.equal(to_pixels(q.views)[:, 0, 16, 16].long(), 60 * q.labels) and set(q.labels.tolist()) == {
+        0,
+        1,
+        2,
+        3,
+    }
+
+
+def test_rotate_turns_the_view_it_drew(batch):
+    q = build_task("rotate")(batch, generator(0))
+    straight = torch.stack([view.rot90(-int(turns), (1, 2)) for view, turns in zip(*q, strict=True)])
+    rng = generator(0)
+    torch.randint(4, (24,), generator=rng)
+    assert torch.equal(straight, augment(batch, 32, rng)) and len(set(q.labels.tolist())) == 4
+
+
+@pytest.mark.parametrize("name", ["quadrant", "rotate"])
+def test_labels_are_scored(batch, name):
+    task = build_task(name)
+    q = task(batch, generator(0))
+    right = torch.nn.functional.one_hot(q.labels, 4) * 50.0
+    assert {n: round(v.item(), 4) for n, v in task.score(right, q).items()} == {"loss": 0, "accuracy": 1}
+    assert task.score(-right, q)["accuracy"] == 0
+
+
+def test_squared_error(batch):
+    task = MixupTransform(3, loss="mse")
+    q = task(batch, generator(0))
+    uniform = (q.weights - 1 / 3).square().mean()
+    assert torch.allclose(task.score(torch.zeros(24, 3), q)["loss"], uniform)
+
+
+def test_unknown_tasks():
+    with pytest.raises(UsageError, match="task 'jigsaw' is unknown: use one of mixup"):
+        build_task("jigsaw")
+    with pytest.raises(UsageError, match="--candidates 3"):
+        build_task("scale", "batch")
+    assert all(build_task(name) for name in TASKS)

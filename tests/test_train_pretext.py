@@ -93,8 +93,21 @@ def test_same_seed_same_figures_and_every_seed_the_same_validation_question(pret
         assert read(one)["references"][name] == read(other)["references"][name]
 
 
+@pytest.mark.parametrize("name", ["scale", "duplicate", "quadrant", "rotate"])
+def test_the_simpler_tasks_train_through_the_same_loop(pretext, name):
+    end, folder = pretext("--task", name, "--candidates", 3, "--epochs", 1)
+    assert end.status == 0, end.err
+    summary = read(folder)
+    if name in ("quadrant", "rotate"):
+        assert summary["references"]["chance"] == {"accuracy": 0.25} and 0 <= summary["val_accuracy"] <= 1
+        assert "val_weight_mae" not in summary
+    else:
+        assert 0 <= summary["val_weight_mae"] <= 1
+
+
 @pytest.mark.parametrize("options", [
     ("--no-views",), ("--activation", "sigmoid"), ("--decoder", "mlp", "--candidates", 4), ("--decoder", "dot"),
+    ("--loss", "mse"),
     ("--encoder", "resnet18", "--epochs", 1, "--batch-size", 512),
 ])  # fmt: skip
 def test_every_option_trains(pretext, options):
@@ -107,6 +120,7 @@ def test_a_folder_of_ones_own(script, folder):
     end = script("train_pretext.py", "--data", folder, "--epochs", 1, "--batch-size", 16, "--size", 16, "--out", "run")
     assert end.status == 0, end.err
     assert read(Path("run"))["train_images"] == 36 and "40 unsup, no labels" in end.out
+    assert "no val_own figures: 8 candidates need as many validation images in a batch of 4" in end.out
 
 
 def test_val_is_never_seen(script, labelled, monkeypatch):
