@@ -79,9 +79,7 @@ def main() -> None:
     own = args.task == "mixup" and (task.candidates, task.sources) != (exam.candidates, exam.sources)
     smallest = min(map(len, val_loader.batch_sampler))
     if own and task.candidates != "batch" and task.candidates > smallest:
-        print(
-            f"no val_own figures: {task.candidates} candidates need as many validation images in a batch of {smallest}"
-        )
+        print(f"no val_own figures: {task.candidates} candidates, and {smallest} validation images to take them from")
         own = False
     shown = next(trainer.questions(val_loader, exam))
 

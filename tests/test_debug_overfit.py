@@ -14,7 +14,7 @@ def test_the_obvious_version_does_not_learn_and_that_is_said(script, cache):
 
 @pytest.mark.parametrize(("args", "message"), [
     (("--n", 1), "'1' is not a whole number"),
-    (("--n", 4, "--candidates", 5), "--candidates 5 is more than the 4 examples"),
+    (("--n", 4, "--candidates", 5), "--candidates 5 is more than --n 4 has"),
     (("--data", "nowhere"), "no such folder"),
 ])  # fmt: skip
 def test_bad_input(script, args, message):

@@ -120,7 +120,7 @@ def test_a_folder_of_ones_own(script, folder):
     end = script("train_pretext.py", "--data", folder, "--epochs", 1, "--batch-size", 16, "--size", 16, "--out", "run")
     assert end.status == 0, end.err
     assert read(Path("run"))["train_images"] == 36 and "40 unsup, no labels" in end.out
-    assert "no val_own figures: 8 candidates need as many validation images in a batch of 4" in end.out
+    assert "no val_own figures: 8 candidates, and 4 validation images" in end.out
 
 
 def test_val_is_never_seen(script, labelled, monkeypatch):
