@@ -126,11 +126,12 @@ def make_task(args: argparse.Namespace, batch: int, batch_name: str) -> WeightTa
     return task
 
 
-def add_model_options(parser: Parser) -> None:
-    """--encoder, --decoder."""
+def add_model_options(parser: Parser) -> argparse._ArgumentGroup:
+    """--encoder, --decoder. Returns their group."""
     group = parser.add_argument_group("network")
     group.add_argument("--encoder", choices=ENCODERS, default="conv", help="what is kept")
     group.add_argument("--decoder", choices=DECODERS, default="ridge", help="what compares mixture and candidate")
+    return group
 
 
 def add_loop_options(parser: Parser, lr: float) -> argparse._ArgumentGroup:

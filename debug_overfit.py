@@ -1,65 +1,171 @@
-"""Can the network learn the task at all? Overfit a handful of examples from a random start, and say whether it did.
+"""Why does the network not learn? A ladder of checks, from the cheapest to the whole task overfit on a few examples.
 
-    python debug_overfit.py --n 8
+    python debug_overfit.py --n 8                          the ladder
+    python debug_overfit.py --decoder dot --loss mse       on your own choice of parts
+    python debug_overfit.py --encoder resnet18 --pretrained
+    python debug_overfit.py --compare                      the obvious version beside those that learn, as a table
+    python debug_overfit.py --fault list                   known bugs that can be planted, to see them caught
 
-Exit status 0 when every source is named right and the weights are off by less than 0.02 on average; 1 otherwise.
+Exit status 0 when no check fails, 1 when one does: the first is explained, and the ladder ends there.
 """
 
-import time
+import argparse
 
 import torch
-from tqdm import tqdm
+from torch import nn
 
+import checkpoint
 import cli
 from augment import generator
-from data import open_pretext
+from data import get_dataloaders, open_pretext
 from engine import Trainer, choose_amp, choose_device, device_name
+from errors import UsageError
+from faults import FAULTS
+from ladder import CHECKS, FAILED, STEPS, WARNING, Subject, climb
 from models import build_model
+from report import Log
+from tasks import build_task
 
-CHECK_EVERY = 10  # steps between two looks at the answers
-WEIGHT_MAE = 0.02  # mean weight error, at most
+MARKS = {"ok": "✓", WARNING: "!", FAILED: "✗"}
+VERSIONS = (  # decoder, activation, loss
+    ("dot", "softmax", "mse"),
+    ("dot", "sigmoid", "mse"),
+    ("dot", "softmax", "kl"),
+    ("cosine", "softmax", "kl"),
+    ("mlp", "softmax", "kl"),
+    ("ridge", "softmax", "kl"),
+)
+
+
+def parse() -> argparse.Namespace:
+    """The command line -> settings. Raises UsageError where they make no sense."""
+    parser = cli.Parser(*__doc__.split("\n\n", 1))
+    parser.add_argument("--n", type=cli.whole(3, 1024), default=8, help="examples to overfit")
+    parser.add_argument("--fault", metavar="NAME", help="plant a known bug; `list` prints them (default: none)")
+    parser.add_argument("--compare", action="store_true", help="the table of versions in place of the ladder")
+    cli.add_data_options(parser)
+    cli.add_task_options(parser, candidates=3)
+    group = cli.add_model_options(parser)
+    group.add_argument("--pretrained", action="store_true", help="start from torchvision's weights")
+    cli.add_loop_options(parser, lr=1e-3)
+    cli.add_run_options(parser)
+    args = parser.parse_args()
+    if args.fault not in (None, "list", *FAULTS):
+        raise UsageError(f"--fault {args.fault} is unknown: use `list`, or one of {', '.join(FAULTS)}")
+    if args.pretrained and args.encoder == "conv":
+        raise UsageError("--pretrained needs an encoder of torchvision, such as --encoder resnet18")
+    return args
+
+
+def assemble(args: argparse.Namespace, log: Log | None = None) -> Subject:
+    """The pieces of a training run on the first n of the shuffled images, as the settings ask for them."""
+    device = choose_device(args.device)
+    cli.make_task(args, args.n, "--n")
+
+    def make_task(name, views=None):
+        views = args.views if views is None else views
+        return build_task(name, args.candidates, args.sources, views, args.size, args.activation, args.loss)
+
+    def make_model(classes=None):
+        torch.manual_seed(args.seed)
+        return build_model(args.encoder, args.decoder, args.size, classes, args.pretrained).to(device)
+
+    def make_trainer(model, task, steps):
+        amp = args.amp == "bf16" and choose_amp(args.amp, device)  # the checks compare answers, so exact unless asked
+        return Trainer(model, task, lr=args.lr, steps=steps, seed=args.seed, device=device, amp=amp)
+
+    make_model()  # an impossible encoder is said before anything is decoded
+    images, train, val = open_pretext(args.data, args.size, args.data_dir, args.n)
+    train_loader, val_loader = get_dataloaders(images, train, val, min(64, len(train)), args.seed)
+    rows = [train[i] for i in torch.randperm(len(train), generator=generator(args.seed))[: args.n]]
+    return Subject(
+        images=images,
+        train=train,
+        val=val,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        pixels=torch.from_numpy(images.pixels[rows]).to(device),
+        task=args.task,
+        make_task=make_task,
+        make_model=make_model,
+        make_trainer=make_trainer,
+        seed=args.seed,
+        log=log,
+    )
+
+
+def run_ladder(subject: Subject, folder) -> int:
+    """Climb, a line a check; explain the first that fails. 0 when none does, else 1."""
+    found, total = [], 0.0
+    for number, name, result, seconds in climb(subject):
+        print(f"{MARKS[result.status]} {number:2} {name:13} {result.figure}   {seconds:.1f} s", flush=True)
+        found.append({"check": name, "status": result.status, "figure": result.figure, "seconds": seconds})
+        total += seconds
+    checkpoint.save_json({"checks": found, "seconds": total}, folder / "summary.json")
+    if result.status == FAILED:
+        print(f"\n{name} failed. {result.why}")
+        skipped = list(CHECKS)[number + 1 :]
+        if skipped:
+            print(f"Not run, since they build on it: {', '.join(skipped)}.")
+        return 1
+    warned = [check["check"] for check in found if check["status"] == WARNING]
+    print(f"\nNo check failed, in {cli.duration(total)}{'; look at ' + ', '.join(warned) if warned else ''}.")
+    print(f"curves   tensorboard --logdir {folder.parent}")
+    return 0
+
+
+def compare_versions(args: argparse.Namespace, log: Log) -> None:
+    """Overfit the same examples with the obvious version and with those that learn, and print the table."""
+    device = device_name(choose_device(args.device))
+    print(f"{args.n} examples, {args.candidates} candidates, learning rate {args.lr:g}, {STEPS} steps, {device}\n")
+    columns = ("decoder, activation, loss", "logits at the start: std, max", "gradient of the first layer")
+    print(f"| {' | '.join((*columns, 'weight error', 'sources named right'))} |")
+    print("|---|---|---|---|---|")
+    for decoder, activation, loss in VERSIONS:
+        version = argparse.Namespace(**vars(args) | {"decoder": decoder, "activation": activation, "loss": loss})
+        subject = assemble(version, log)
+        task = subject.make_task("mixup")
+        question = subject.question(task)
+        model = subject.make_model()
+        trainer = subject.make_trainer(model, task, STEPS)
+        logits = trainer.logits(question)
+        task.score(logits, question)["loss"].backward()
+        first = next(p for m in model.modules() if isinstance(m, nn.Conv2d) for p in m.parameters()).grad.norm().item()
+        for step in range(STEPS):
+            model.train()
+            trainer.step(question, step)
+        scores = task.score(trainer.answer(question), question)
+        cells = (
+            f"{decoder}, {activation}, {loss}",
+            f"{logits.std():.2g}, {logits.abs().max():.2g}",
+            f"{first:.2g}",
+            f"{scores['weight_mae']:.3f}",
+            f"{scores['source_accuracy']:.0%}",
+        )
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main() -> int:
-    """Overfit one fixed question; 0 when it was learnt, else 1."""
-    parser = cli.Parser(*__doc__.split("\n\n", 1))
-    parser.add_argument("--n", type=cli.whole(3, 1024), default=8, help="examples to overfit")
-    parser.add_argument("--steps", type=cli.whole(1), default=300, help="optimiser steps, at most")
-    cli.add_data_options(parser)
-    cli.add_task_options(parser, candidates=3)
-    cli.add_model_options(parser)
-    cli.add_loop_options(parser, lr=1e-3)
-    args = parser.parse_args()
-
-    device = choose_device(args.device)
-    task = cli.make_task(args, args.n, "--n")
-    torch.manual_seed(args.seed)
-    model = build_model(args.encoder, args.decoder, args.size, task.classes)
-    images, train, _ = open_pretext(args.data, args.size, args.data_dir, args.n)
-    amp = choose_amp(args.amp, device)
-    trainer = Trainer(model, task, lr=args.lr, steps=args.steps, seed=args.seed, device=device, amp=amp)
-
-    rng = generator(args.seed)
-    rows = sorted(train[i] for i in torch.randperm(len(train), generator=rng)[: args.n])
-    question = task(torch.from_numpy(images.pixels[rows]).to(device), rng)
-    started = time.perf_counter()
-    for step in tqdm(range(args.steps), desc=f"overfitting {args.n} examples", unit="step", leave=False, disable=None):
-        model.train()
-        trainer.step(question, step)
-        if step % CHECK_EVERY == CHECK_EVERY - 1 or step == args.steps - 1:
-            scores = task.score(trainer.answer(question), question)
-            accuracy, error = scores["source_accuracy"].item(), scores["weight_mae"].item()
-            learnt = accuracy == 1 and error < WEIGHT_MAE
-            if learnt:
-                break
-    print(
-        f"{'overfit' if learnt else 'NOT overfit'}: {args.n} examples, {step + 1} steps, "
-        f"{cli.duration(time.perf_counter() - started)} on {device_name(device)}: "
-        f"sources named right {accuracy:.0%} (needs 100%), weight error {error:.3f} (needs less than {WEIGHT_MAE})"
-    )
-    if not learnt:
-        print("try --steps 1000, then another --lr or --decoder")
-    return 0 if learnt else 1
+    """Run what was asked for."""
+    args = parse()
+    if args.fault == "list":
+        for name, fault in FAULTS.items():
+            print(f"{name}: {fault.__doc__}")
+        return 0
+    folder = cli.choose_folder(args, "debug")
+    subject = assemble(args)
+    cli.make_folder(folder, args, device_name(choose_device(args.device)))
+    subject.log = Log(folder)
+    try:
+        if args.compare:
+            compare_versions(args, subject.log)
+            return 0
+        if args.fault:
+            print(f"planted: {args.fault}: {FAULTS[args.fault].__doc__}")
+            FAULTS[args.fault](subject)
+        return run_ladder(subject, folder)
+    finally:
+        subject.log.close()
 
 
 if __name__ == "__main__":

@@ -22,13 +22,13 @@ class Log:
     """
 
     def __init__(self, folder: Path):
-        self.writer = SummaryWriter(folder)
-        self.file = open(folder / "history.csv", "w", newline="", encoding="utf-8")  # noqa: SIM115  closed by close()
-        self.rows = None
+        self.folder, self.writer = folder, SummaryWriter(folder)
+        self.file = self.rows = None
 
     def epoch(self, epoch: int, figures: dict[str, float]) -> None:
         """Write one epoch's figures, epochs counted from 1. Every epoch has the same ones."""
         if self.rows is None:
+            self.file = open(self.folder / "history.csv", "w", newline="", encoding="utf-8")  # noqa: SIM115
             self.rows = csv.DictWriter(self.file, ["epoch", *figures])
             self.rows.writeheader()
         self.rows.writerow({"epoch": epoch, **figures})
@@ -53,7 +53,8 @@ class Log:
     def close(self) -> None:
         """Everything written is on disk afterwards."""
         self.writer.close()
-        self.file.close()
+        if self.file:
+            self.file.close()
 
 
 def draw_mixtures(question, predicted: torch.Tensor, rows: int = 8) -> Image.Image:

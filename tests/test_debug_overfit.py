@@ -1,22 +1,130 @@
+import json
+from pathlib import Path
+
 import pytest
 
+from faults import FAULTS
+from ladder import CHECKS
 
-def test_eight_examples_are_overfit(script, cache):
-    end = script("debug_overfit.py", "--n", 8, "--data-dir", cache)
-    assert end.status == 0, end.out
-    assert end.out.startswith("overfit: 8 examples") and "sources named right 100%" in end.out
+CAUGHT = {  # fault: the check that catches it first, and what its explanation says
+    "dot_mse": ("start", "dead on arrival"),
+    "double_activation": ("start", "the activation applied twice"),
+    "softmax_over_batch": ("start", "softmax over the batch"),
+    "reshape_swap": ("alignment", "(B * n, ...) read as (n, B, ...)"),
+    "squeeze_batch": ("batch of one", "squeeze() without an axis"),
+    "source_order": ("weights", "sources stand in another order than their weights"),
+    "encoder_not_optimised": ("step", "the optimiser was given the decoder's parameters alone"),
+    "encoder_frozen": ("gradient", "A part of the network is frozen"),
+    "stale_module": ("gradient", "the forward pass uses another copy"),
+    "lr_too_small": ("step", "Raise --lr"),
+    "lr_too_large": ("step", "Lower --lr"),
+    "bn_over_candidates": ("leak", "normalisation with the batch's own statistics"),
+    "vanishing_loss": ("start", "averaged more than once"),
+    "labels_shuffled": ("weights", "labels shuffled"),
+    "val_renumbered": ("data", "renumbered from 0"),
+    "normalised_twice": ("data", "normalised twice"),
+    "length_off": ("data", "an off-by-one in __len__"),
+    "nested_batch": ("data", "((x, ...), y) where (x, ..., y) is expected"),
+}
+QUICK = ("labels_shuffled", "squeeze_batch", "encoder_not_optimised")
 
 
-def test_the_obvious_version_does_not_learn_and_that_is_said(script, cache):
-    end = script("debug_overfit.py", "--n", 8, "--data-dir", cache, "--steps", 3)
-    assert end.status == 1 and end.out.startswith("NOT overfit: 8 examples, 3 steps")
+@pytest.fixture
+def debug(script, cache):
+    return lambda *args: script("debug_overfit.py", "--data-dir", cache, "--out", "debug", "--overwrite", *args)
+
+
+def first_failing(end):
+    checks = json.loads(Path("debug/summary.json").read_text())["checks"]
+    assert [check["status"] for check in checks[:-1]].count("failed") == 0
+    assert end.out.count("✗") == (checks[-1]["status"] == "failed")
+    return checks[-1]["check"] if checks[-1]["status"] == "failed" else None
+
+
+def assert_caught(debug, fault):
+    end = debug("--fault", fault)
+    name, phrase = CAUGHT[fault]
+    assert end.status == 1 and first_failing(end) == name, end.out
+    assert phrase in " ".join(end.out.split()) and f"planted: {fault}" in end.out, end.out
+
+
+def test_every_fault_has_its_check():
+    assert CAUGHT.keys() == FAULTS.keys() and {name for name, _ in CAUGHT.values()} <= CHECKS.keys()
+
+
+def test_the_clean_ladder_passes(debug):
+    end = debug("--n", 8)
+    assert end.status == 0 and first_failing(end) is None, end.out
+    lines = [line for line in end.out.splitlines() if line[:1] in "✓!✗"]
+    assert len(lines) == len(CHECKS) == 11 and all(name in line for name, line in zip(CHECKS, lines, strict=True))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curves = EventAccumulator("debug").Reload().Tags()["scalars"]
+    assert {"scale/loss", "duplicate/loss", "quadrant/loss", "overfit/source_accuracy", "control/loss"} <= set(curves)
+
+
+@pytest.mark.parametrize("fault", QUICK)
+def test_planted_faults_are_caught(debug, fault):
+    assert_caught(debug, fault)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", sorted(set(FAULTS) - set(QUICK)))
+def test_every_planted_fault_is_caught(debug, fault):
+    assert_caught(debug, fault)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_no_false_alarm(debug, seed):
+    end = debug("--seed", seed)
+    assert end.status == 0 and "✗" not in end.out, end.out
+
+
+@pytest.mark.slow
+def test_the_obvious_version_never_learns(debug):
+    """The table of the README: the first two versions stay where they started, the last three learn."""
+    end = debug("--compare")
+    assert end.status == 0
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in end.out.splitlines() if " | " in line][1:]
+    table = {row[0]: float(row[3]) for row in rows}
+    assert all(table[f"dot, {activation}, mse"] > 0.2 for activation in ("softmax", "sigmoid"))
+    assert all(table[f"{decoder}, softmax, kl"] < 0.02 for decoder in ("cosine", "mlp", "ridge"))
+
+
+def test_the_users_own_choice_of_parts_is_debugged(debug):
+    end = debug("--decoder", "dot", "--loss", "mse")
+    assert end.status == 1 and first_failing(end) == "start" and "--decoder cosine or ridge" in end.out
+
+
+def test_a_folder_with_copies_in_val_fails_the_data_check(debug, labelled):
+    for i, file in enumerate((labelled / "train" / "bee").iterdir()):
+        (labelled / "val" / "bee" / f"copy{i}.jpg").write_bytes(file.read_bytes())
+    end = debug("--data", labelled)
+    assert end.status == 1 and first_failing(end) == "data" and "are in training too" in end.out
+
+
+def test_the_list_of_faults(script):
+    end = script("debug_overfit.py", "--fault", "list")
+    assert end.status == 0 and [line.split(": ")[0] for line in end.out.splitlines()] == list(FAULTS)
+    assert all(len(line.split(": ", 1)[1]) > 20 for line in end.out.splitlines())
+
+
+def test_pretrained_weights_that_cannot_be_had(script, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setattr("torch.hub.urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    end = script("debug_overfit.py", "--encoder", "resnet18", "--pretrained")
+    assert end.status == 2 and "pretrained weights of resnet18 are not in torch's cache" in end.err
+    assert end.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(("args", "message"), [
     (("--n", 1), "'1' is not a whole number"),
     (("--n", 4, "--candidates", 5), "--candidates 5 is more than --n 4 has"),
     (("--data", "nowhere"), "no such folder"),
+    (("--fault", "gremlins"), "--fault gremlins is unknown: use `list`, or one of dot_mse"),
+    (("--pretrained",), "--pretrained needs an encoder of torchvision"),
 ])  # fmt: skip
 def test_bad_input(script, args, message):
     end = script("debug_overfit.py", *args)
-    assert end.status == 2 and message in end.err and end.err.count("\n") == 1
+    assert end.status == 2 and message in end.err and end.err.count("\n") == 1 and not list(Path().iterdir())
