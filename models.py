@@ -177,8 +177,9 @@ class RidgeDecoder(nn.Module):
             ridge = self.log_ridge.exp() * torch.eye(n, device=asked.device)
             found = (mixtures @ asked.T / asked.shape[1]).gather(1, candidates)  # B n
             weights = torch.linalg.solve_ex(gram + ridge, found.view(G, -1, n).mT)[0].mT.reshape(B, n)
-            positive = nn.functional.softplus(self.log_sharpness.exp() * weights + self.offset)
-            return (positive + 1e-4).log()  # B n
+            x = self.log_sharpness.exp() * weights + self.offset
+            # The log of softplus(x), which is x itself where x is very negative: so no weight is ever out of reach.
+            return torch.where(x > -15, nn.functional.softplus(x.clamp(min=-15)).log(), x)  # B n
 
 
 class Unmixer(nn.Module):

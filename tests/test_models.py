@@ -119,3 +119,15 @@ def test_pretrained_weights_that_cannot_be_had(monkeypatch, tmp_path):
     monkeypatch.setattr("torch.hub.urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
     with pytest.raises(UsageError, match="pretrained weights of resnet18 are not in torch's cache"):
         build_encoder("resnet18", pretrained=True)
+
+
+def test_no_weight_of_the_ridge_decoder_is_out_of_reach():
+    """A source whose coefficient came out far below zero still pulls it up; its logit was flat there once."""
+    torch.manual_seed(0)
+    decoder = build_decoder("ridge", 16).eval()
+    z = torch.randn(2, 16)
+    mixtures, asked = (-z[:1]).requires_grad_(), z
+    logits = decoder(mixtures, asked, torch.tensor([[0, 1]]))
+    assert logits[0, 0] < -10 and logits.isfinite().all()
+    (gradient,) = torch.autograd.grad(logits[0, 0], mixtures)
+    assert gradient.norm() > 1
