@@ -45,7 +45,8 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    def _get_help_string(self, action):
+        return action.help if "(default:" in action.help else super()._get_help_string(action)
 
 
 def whole(at_least: int, at_most: int = 10**9) -> Callable[[str], int]:

@@ -10,6 +10,7 @@ TensorBoard's curves.
 """
 
 import argparse
+import contextlib
 import time
 from pathlib import Path
 
@@ -54,23 +55,42 @@ def main() -> None:
     device = choose_device(args.device)
     amp = choose_amp(args.amp, device)
     task = cli.make_task(args, args.batch_size, "--batch-size")
-    exam = task.validation()
     torch.manual_seed(args.seed)
     model = build_model(args.encoder, args.decoder, args.size, task.classes)
     folder = cli.choose_folder(args, "pretext")
 
     images, train, val = open_pretext(args.data, args.size, args.data_dir, args.batch_size)
-    train_loader, val_loader = get_dataloaders(images, train, val, args.batch_size, args.seed, device.type == "cuda")
-    cli.make_folder(folder, args, device_name(device))
-    log = Log(folder)
-    log.text("settings", (folder / "settings.json").read_text())
-    print(images.describe())
-    print(f"training on {len(train)} images, validating on {len(val)}; {device_name(device)}{', bf16' if amp else ''}")
-
-    steps = args.epochs * len(train_loader)
+    loaders = get_dataloaders(images, train, val, args.batch_size, args.seed, device.type == "cuda")
+    steps = args.epochs * len(loaders[0])
     trainer = Trainer(model, task, lr=args.lr, steps=steps, seed=args.seed, device=device, amp=amp)
     if args.compile:
         model.encoder.compile()
+    cli.make_folder(folder, args, device_name(device))
+    print(images.describe())
+    print(f"training on {len(train)} images, validating on {len(val)}; {device_name(device)}{', bf16' if amp else ''}")
+    with contextlib.closing(Log(folder)) as log:
+        log.text("settings", (folder / "settings.json").read_text())
+        results = fit(args, trainer, *loaders, log)
+    checkpoint.save(model.encoder.state_dict(), folder / "encoder.pt")
+    summary = {
+        "data": args.data,
+        "task": args.task,
+        "epochs": args.epochs,
+        "train_images": len(train),
+        "val_images": len(val),
+        **results,
+        "seconds": time.perf_counter() - started,
+        "device": device_name(device),
+        "amp": "bf16" if amp else "off",
+        "seed": args.seed,
+    }
+    checkpoint.save_json(summary, folder / "summary.json")
+    print_summary(summary, folder)
+
+
+def fit(args: argparse.Namespace, trainer: Trainer, train_loader, val_loader, log: Log) -> dict:
+    """Every epoch: train, validate, log, save. Returns the last validation figures, references and speed."""
+    task, exam = trainer.task, trainer.task.validation()
     trainer.settle(train_loader)
     references = {name: trainer.evaluate(val_loader, exam, score) for name, score in exam.baselines().items()}
     references["untrained"] = trainer.evaluate(val_loader, exam)
@@ -102,32 +122,19 @@ def main() -> None:
             if isinstance(shown, Question):
                 picture = draw_mixtures(shown, exam.predict(trainer.answer(shown)))
                 log.picture("validation", picture, epoch)
-                picture.save(folder / "validation.png")
+                picture.save(log.folder / "validation.png")
             state = {**trainer.state(), "epoch": epoch, "settings": vars(args)}
-            checkpoint.save(state, folder / "checkpoint.pt")
+            checkpoint.save(state, log.folder / "checkpoint.pt")
             said = ", ".join(f"{WORDS[name]} {value:{FORMATS[name]}}" for name, value in scores.items())
             tqdm.write(
                 f"epoch {epoch:{len(str(args.epochs))}}/{args.epochs}: training loss {means['loss']:.3f}; "
                 f"validation {said}; {figures['images_per_second']:.0f} images/s"
             )
-    log.close()
-    checkpoint.save(model.encoder.state_dict(), folder / "encoder.pt")
-    summary = {
-        "data": args.data,
-        "task": args.task,
-        "epochs": args.epochs,
-        "train_images": len(train),
-        "val_images": len(val),
+    return {
         **{name: value for name, value in figures.items() if name.startswith("val_")},
         "references": references,
         "images_per_second": args.epochs * seen / training,
-        "seconds": time.perf_counter() - started,
-        "device": device_name(device),
-        "amp": "bf16" if amp else "off",
-        "seed": args.seed,
     }
-    checkpoint.save_json(summary, folder / "summary.json")
-    print_summary(summary, folder)
 
 
 def print_summary(summary: dict, folder: Path) -> None:

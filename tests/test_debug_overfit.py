@@ -55,7 +55,7 @@ def test_every_fault_has_its_check():
 def test_the_clean_ladder_passes(debug):
     end = debug("--n", 8)
     assert end.status == 0 and first_failing(end) is None, end.out
-    lines = [line for line in end.out.splitlines() if line[:1] in "✓!✗"]
+    lines = [line for line in end.out.splitlines() if line.startswith(("✓", "!", "✗"))]
     assert len(lines) == len(CHECKS) == 11 and all(name in line for name, line in zip(CHECKS, lines, strict=True))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -211,6 +211,16 @@ def test_help_shows_every_default(script):
         "px",
     ):
         assert text in " ".join(end.out.split())
+    assert "(default: None)" not in end.out
+
+
+@pytest.mark.slow
+def test_compiled(pretext):
+    """Compiling changes the speed; the figures stay, up to rounding, and so do the names in encoder.pt."""
+    (end, plain), (compiled_end, compiled) = pretext(), pretext("--compile", out="compiled")
+    assert end.status == compiled_end.status == 0, compiled_end.err
+    assert read(compiled)["val_loss"] == pytest.approx(read(plain)["val_loss"], rel=0.2)
+    ConvEncoder().load_state_dict(torch.load(compiled / "encoder.pt", weights_only=True))
 
 
 def test_as_a_command(tmp_path, cache):
