@@ -234,4 +234,5 @@ def build_model(
             net.eval()(torch.zeros(1, 3, size, size))
     except RuntimeError as error:
         raise UsageError(f"--size {size} is too small for the encoder {encoder}; use 32 or more") from error
+    net.train()
     return Classifier(net, classes) if classes else Unmixer(net, build_decoder(decoder, net.out_features))

@@ -86,6 +86,11 @@ def test_every_parameter_learns(decoder):
     assert not still
 
 
+@pytest.mark.parametrize("classes", [None, 4])
+def test_a_new_model_is_all_in_training_mode(classes):
+    assert all(module.training for module in build_model("conv", "ridge", 32, classes).modules())
+
+
 @pytest.mark.parametrize("block", [ConvBlock, ResBlock])
 @pytest.mark.parametrize(("outputs", "stride"), [(8, 1), (16, 1), (16, 2)])
 def test_blocks_have_one_interface(block, outputs, stride):
