@@ -10,6 +10,7 @@ Exit status 0 when no check fails, 1 when one does: the first is explained, and 
 """
 
 import argparse
+import textwrap
 
 import torch
 from torch import nn
@@ -103,7 +104,7 @@ def run_ladder(subject: Subject, folder) -> int:
         total += seconds
     checkpoint.save_json({"checks": found, "seconds": total}, folder / "summary.json")
     if result.status == FAILED:
-        print(f"\n{name} failed. {result.why}")
+        print("\n" + textwrap.fill(f"{name} failed. {result.why}", 116))
         skipped = list(CHECKS)[number + 1 :]
         if skipped:
             print(f"Not run, since they build on it: {', '.join(skipped)}.")
