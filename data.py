@@ -131,6 +131,9 @@ def _list_folder(root: Path) -> Listing:
     entries, skipped, stamps = [], [], []
     for path in sorted(_files_below(root)):
         split, *inner = path.split("/")
+        if not (root / path).is_file():
+            skipped.append((path, "a broken link, or no regular file"))
+            continue
         if not labelled or (split == "unsup" and inner):
             entries.append(Entry(path, "unsup", UNLABELLED))
         elif split in ("train", "val") and len(inner) > 1:
@@ -252,7 +255,11 @@ def _build_cache(listing: Listing, side: int, file: Path, block: int = 1024) -> 
         except Exception as error:  # noqa: BLE001  whatever a damaged file raises, it is named and left out
             return f"{type(error).__name__}: {error}".splitlines()[0]
 
-    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        where = file.parent.parent
+        raise UsageError(f"--data-dir {where} cannot be used ({error.strerror}); give another folder") from error
     for left in file.parent.glob(f"{file.name}.*.part"):
         if time.time() - left.stat().st_mtime > 3600:  # by a killed run: one that lives writes all the time
             left.unlink(missing_ok=True)
@@ -298,7 +305,7 @@ def pretext_split(entries: Sequence[Entry], batch_size: int) -> tuple[list[int],
     Raises UsageError where less than a batch is left to train on.
     """
     rows = [row for row, entry in enumerate(entries) if entry.split != "val"]
-    ranked = sorted(rows, key=lambda row: hashlib.md5(entries[row].path.encode()).hexdigest())
+    ranked = sorted(rows, key=lambda row: hashlib.md5(os.fsencode(entries[row].path)).hexdigest())
     held_out = max(SMALLEST_VALIDATION, round(len(rows) / 10))
     train, val = sorted(ranked[held_out:]), sorted(ranked[:held_out])
     if len(train) < 2:

@@ -109,6 +109,20 @@ def test_what_cannot_be_decoded_is_skipped_named_and_counted(folder, tmp_path):
     assert opened(folder, tmp_path).describe() == text  # from the cache too
 
 
+def test_links_and_pipes(folder, tmp_path):
+    """A link to a folder is followed, one that leads back is not; what is no file is skipped, not waited for."""
+    (folder / "broken.png").symlink_to("nowhere")
+    (folder / "loop").symlink_to(folder)
+    os.mkfifo(folder / "pipe.png")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (folder / "00.png").rename(elsewhere / "00.png")
+    (folder / "linked").symlink_to(elsewhere)
+    images = opened(folder, tmp_path)
+    assert len(images.labels) == 40 and images.listing.entries[-1].path == "linked/00.png"
+    assert [path for path, _ in images.listing.skipped] == ["broken.png", "pipe.png"]
+
+
 def test_a_split_without_a_usable_image_says_what_was_expected_where(labelled, tmp_path):
     for file in (labelled / "val").rglob("*.jpg"):
         file.write_bytes(b"damaged")

@@ -175,6 +175,7 @@ BAD = {
     "learning rate in words": (("--lr", "fast"), "'fast' is not a learning rate"),
     "learning rate that is not a number": (("--lr", "nan"), "'nan' is not a learning rate"),
     "infinite learning rate": (("--lr", "inf"), "'inf' is not a learning rate"),
+    "data-dir is a file": (("--data-dir", "file.png"), "--data-dir file.png cannot be used (Not a directory)"),
     "out is a file": (("--out", "file.png"), "is a file; give a folder"),
 }  # fmt: skip
 
