@@ -46,7 +46,7 @@ def choose_amp(name: str, device: torch.device) -> bool:
     if name == "auto":
         if device.type == "cuda":
             return torch.cuda.is_bf16_supported(including_emulation=False)
-        if device.type == "cpu":
+        if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # older versions do not tell
             has = torch.cpu.get_capabilities()
             return has.get("avx512_bf16", False) or has.get("amx_bf16", False)
     return name == "bf16"

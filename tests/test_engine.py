@@ -124,6 +124,14 @@ def test_the_state_holds_tensors_and_plain_values(loaders, tmp_path):
     }
 
 
+def test_amp_of_a_cpu_follows_its_instructions(monkeypatch):
+    for has, expected in (({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx2": True}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has, raising=False)
+        assert choose_amp("auto", torch.device("cpu")) is expected
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert choose_amp("auto", torch.device("cpu")) is False
+
+
 def test_devices():
     assert choose_device("cpu").type == "cpu"
     assert choose_amp("bf16", torch.device("cpu")) and not choose_amp("off", torch.device("cpu"))
