@@ -5,6 +5,7 @@ filter that is as wide as the reduction asks for (no aliasing, whatever the crop
 brightness, contrast, saturation, hue and the normalisation are one 3 x 3 matrix and an offset per image.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -37,6 +38,12 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+@functools.cache
+def _constants(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """MEAN, STD and GREY on a device, moved there once: a copy in every step would make the CPU wait for a GPU."""
+    return MEAN.to(device), STD.to(device), GREY.to(device)
 
 
 def augment(images: torch.Tensor, size: int, rng: torch.Generator) -> torch.Tensor:
@@ -73,7 +80,7 @@ def augment(images: torch.Tensor, size: int, rng: torch.Generator) -> torch.Tens
     colour = torch.stack(colour, dim=1).view(B, 3, 3)
 
     views = _crop(images, left, width, top, height, size)  # B 3 S S in [0, 1]
-    grey = views.mean(dim=(2, 3)) @ GREY.to(views.device)  # B
+    grey = views.mean(dim=(2, 3)) @ _constants(views.device)[2]  # B
     matrix = (brightness * contrast)[:, None, None] * colour
     offset = (brightness * (1 - contrast) * grey)[:, None].expand(B, 3)
     return _affine(views, matrix, offset)
@@ -103,7 +110,8 @@ def box(images, left, width, top, height, size: int) -> torch.Tensor:
 
 def to_pixels(views: torch.Tensor) -> torch.Tensor:
     """Undo the normalisation, for pictures: B 3 S S float -> B 3 S S uint8."""
-    pixels = views * STD.to(views.device)[:, None, None] + MEAN.to(views.device)[:, None, None]
+    mean, std, _ = _constants(views.device)
+    pixels = views * std[:, None, None] + mean[:, None, None]
     return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
@@ -132,7 +140,7 @@ def _resampling(start, length, pixels, size):
 
 def _affine(views, matrix, offset):
     """Colour matrix and offset per image, then the normalisation: one product over the pixels."""
-    mean, std = MEAN.to(views.device), STD.to(views.device)
+    mean, std, _ = _constants(views.device)
     matrix = matrix / std[:, None]
     offset = (offset - mean) / std
     return torch.baddbmm(offset[:, :, None], matrix, views.flatten(2)).view_as(views)

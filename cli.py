@@ -1,6 +1,7 @@
 """What the command lines share: options, the run's folder, and how a command ends."""
 
 import argparse
+import io
 import math
 import platform
 import shlex
@@ -221,11 +222,18 @@ def duration(seconds: float) -> str:
 def run(main: Callable[[], int | None]) -> None:
     """Run a command and exit: 0, or 2 for wrong use and 1 for a failed run, with one line that says why."""
     script = Path(sys.argv[0]).name
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may be no text in the terminal's encoding
     try:
         sys.exit(main() or 0)
     except (UsageError, RunError) as error:
         print(f"{script}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    except OSError as error:
+        name = f"{error.filename}: " if error.filename else ""
+        print(f"{script}: {name}{error.strerror or error}; the files written before are complete", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print(f"{script}: stopped", file=sys.stderr)
         sys.exit(130)

@@ -9,6 +9,7 @@ Every image is decoded once, ever: its pixels go into a memory-mapped cache of u
 of its rows.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ from augment import generator
 from errors import UsageError
 
 UNLABELLED = -1
+CACHE_VERSION = 2  # another one whenever decoding changes, so that no older cache is believed
 VALIDATION_BLOCK = 256  # images in a validation batch, at most; part of the fixed question, so not an option
 SMALLEST_VALIDATION = 3  # images; a validation mixture has three candidates
 
@@ -117,6 +119,11 @@ def _list_folder(root: Path) -> Listing:
         raise UsageError(f"--data {root} is a file; give the folder that holds the images")
     classes, val_classes = _folders(root / "train"), _folders(root / "val")
     labelled = bool(classes and val_classes)
+    for name, folders, other in (("train", classes, val_classes), ("val", val_classes, classes)):
+        if (root / name).is_dir() and other and not folders:
+            raise UsageError(
+                f"--data {root}: no usable image for {name}: expected {name}/CLASS/IMAGE, and there is no class"
+            )
     unknown = sorted(set(val_classes) - set(classes))
     if labelled and unknown:
         raise UsageError(
@@ -164,7 +171,7 @@ def _files_below(root: Path) -> Iterator[str]:
     """Relative paths of every file that is not hidden, through links too, each folder once."""
     seen = set()
     for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [f for f in folders if not f.startswith(".")]
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
@@ -178,7 +185,7 @@ def _files_below(root: Path) -> Iterator[str]:
 def _typical_side(files: list[Path], sample: int = 64) -> int:
     """Median of the shortest sides of up to `sample` images spread over `files`, px; 0 if none of them opens."""
     sides = []
-    for file in files[:: max(1, len(files) // sample)]:
+    for file in files[:: max(1, -(-len(files) // sample))]:
         try:
             with Image.open(file) as image:
                 sides.append(min(image.size))
@@ -223,7 +230,7 @@ def open_images(listing: Listing, size: int, data_dir: str | Path) -> Images:
     Raises UsageError where nothing of a split could be decoded.
     """
     side = min(2 * size, listing.native or 2 * size)
-    where = hashlib.sha256(listing.where.encode()).hexdigest()[:8]
+    where = hashlib.sha256(os.fsencode(listing.where)).hexdigest()[:8]
     file = Path(data_dir, "cache", f"{listing.name}-{where}-{side}px.cache")
     index = _read_index(file)
     if index is None or index["fingerprint"] != listing.fingerprint:
@@ -260,7 +267,7 @@ def _build_cache(listing: Listing, side: int, file: Path, block: int = 1024) -> 
     except OSError as error:
         where = file.parent.parent
         raise UsageError(f"--data-dir {where} cannot be used ({error.strerror}); give another folder") from error
-    for left in file.parent.glob(f"{file.name}.*.part"):
+    for left in file.parent.glob(f"{glob.escape(file.name)}.*.part"):
         if time.time() - left.stat().st_mtime > 3600:  # by a killed run: one that lives writes all the time
             left.unlink(missing_ok=True)
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
@@ -292,13 +299,13 @@ def _build_cache(listing: Listing, side: int, file: Path, block: int = 1024) -> 
 
 
 def _hash(*parts) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([CACHE_VERSION, *parts]).encode()).hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------------- the loaders
 
 
-def pretext_split(entries: Sequence[Entry], batch_size: int) -> tuple[list[int], list[int]]:
+def pretext_split(entries: Sequence[Entry], batch_size: int, flag: str = "--batch-size") -> tuple[list[int], list[int]]:
     """Rows to train on and rows to validate on, from train/ and unsup/ together; val/ is never seen.
 
     The validation rows are the tenth (at least 3) whose path has the lowest MD5.
@@ -315,17 +322,19 @@ def pretext_split(entries: Sequence[Entry], batch_size: int) -> tuple[list[int],
         )
     if len(train) < batch_size:
         raise UsageError(
-            f"--batch-size {batch_size} is more than the {len(train)} images to train on; use {len(train)} or less"
+            f"{flag} {batch_size} is more than the {len(train)} images to train on; use {len(train)} or less"
         )
     return train, val
 
 
-def open_pretext(data: str, size: int, data_dir: str | Path, batch_size: int) -> tuple[Images, list[int], list[int]]:
+def open_pretext(
+    data: str, size: int, data_dir: str | Path, batch_size: int, flag: str = "--batch-size"
+) -> tuple[Images, list[int], list[int]]:
     """The images of `data`, the rows to train on and those to validate on. Raises UsageError as its parts do."""
     listing = list_data(data)
-    pretext_split(listing.entries, batch_size)  # too few to train on is said before anything is decoded
+    pretext_split(listing.entries, batch_size, flag)  # too few to train on is said before anything is decoded
     images = open_images(listing, size, data_dir)
-    return images, *pretext_split(listing.entries, batch_size)
+    return images, *pretext_split(listing.entries, batch_size, flag)
 
 
 class ImageDataset(Dataset):

@@ -61,7 +61,10 @@ def parse() -> argparse.Namespace:
 def assemble(args: argparse.Namespace, log: Log | None = None) -> Subject:
     """The pieces of a training run on the first n of the shuffled images, as the settings ask for them."""
     device = choose_device(args.device)
-    cli.make_task(args, args.n, "--n")
+    if args.candidates == "batch":
+        args.candidates = args.n  # the examples are the batch
+    for name in ("mixup", args.task):  # most of the checks ask about mixtures, whatever the task
+        cli.make_task(argparse.Namespace(**vars(args) | {"task": name}), args.n, "--n")
 
     def make_task(name, views=None):
         views = args.views if views is None else views
@@ -76,8 +79,8 @@ def assemble(args: argparse.Namespace, log: Log | None = None) -> Subject:
         return Trainer(model, task, lr=args.lr, steps=steps, seed=args.seed, device=device, amp=amp)
 
     make_model()  # an impossible encoder is said before anything is decoded
-    images, train, val = open_pretext(args.data, args.size, args.data_dir, args.n)
-    train_loader, val_loader = get_dataloaders(images, train, val, min(64, len(train)), args.seed)
+    images, train, val = open_pretext(args.data, args.size, args.data_dir, args.n, "--n")
+    train_loader, val_loader = get_dataloaders(images, train, val, min(max(64, args.n), len(train)), args.seed)
     rows = [train[i] for i in torch.randperm(len(train), generator=generator(args.seed))[: args.n]]
     return Subject(
         images=images,

@@ -60,6 +60,11 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
+def is_matrix(parameter: torch.Tensor) -> bool:
+    """Whether it is a matrix or a kernel, not a bias or a scale per channel, such as ConvNeXt's C 1 1."""
+    return parameter.ndim > 1 and parameter[0].numel() > 1
+
+
 def make_optimizer(model: nn.Module, lr: float, device: torch.device) -> torch.optim.Optimizer:
     """AdamW; weight decay on matrices and kernels, not on biases, normalisation and scalars.
 
@@ -68,7 +73,7 @@ def make_optimizer(model: nn.Module, lr: float, device: torch.device) -> torch.o
     """
     kinds = ([], [], [])  # scalars; biases and normalisation; matrices and kernels
     for parameter in model.parameters():
-        kinds[min(parameter.ndim, 2)].append(parameter)
+        kinds[2 if is_matrix(parameter) else min(parameter.ndim, 1)].append(parameter)
     groups = [
         {"params": parameters, "weight_decay": decay, "rate": rate}
         for parameters, decay, rate in zip(kinds, (0.0, 0.0, WEIGHT_DECAY), (SCALAR_RATE, 1.0, 1.0), strict=True)

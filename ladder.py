@@ -17,7 +17,8 @@ from torch import nn
 
 from augment import generator
 from data import Images
-from engine import Trainer
+from engine import Trainer, is_matrix
+from errors import UsageError
 from report import Log
 from tasks import LabelTask, Question, WeightTask, chance
 
@@ -79,6 +80,8 @@ def climb(subject: Subject) -> Iterator[tuple[int, str, Result, float]]:
         started = time.perf_counter()
         try:
             result = check(subject)
+        except UsageError:
+            raise
         except Exception as error:  # noqa: BLE001  whatever the code under test raises is what the check found
             what = f"{type(error).__name__}: {error}".splitlines()[0]
             result = Result(FAILED, what, f"The code under test stopped with an error: {what}")
@@ -363,7 +366,7 @@ def check_step(s: Subject) -> Result:
     task = s.make_task("mixup")
     model = s.make_model(None)
     trainer = s.make_trainer(model, task, 1)
-    before = copy.deepcopy({name: p.detach() for name, p in model.named_parameters() if p.ndim > 1})
+    before = copy.deepcopy({name: p.detach() for name, p in model.named_parameters() if is_matrix(p)})
     model.train()
     trainer.step(s.question(task), 0)
     moved = {
@@ -453,7 +456,7 @@ def check_control(s: Subject) -> Result:
     trainer = s.make_trainer(model, task, NOISE_STEPS)
     rng = generator(s.seed, 10)
     draw = lambda views: torch.randn(views.shape, generator=rng).to(views.device)  # noqa: E731
-    right, chances, rounds = [], [], NOISE_EXAMPLES // len(s.pixels)
+    right, chances, rounds = [], [], max(1, NOISE_EXAMPLES // len(s.pixels))
     for step in range(NOISE_STEPS + rounds):
         question = task(s.pixels, rng)
         question = type(question)(

@@ -39,7 +39,7 @@ PATCHES = 160  # of a class
 PATCH = 64  # px, what each is resized to
 SCALES = (64, 96, 128, 192, 256)  # px of the photograph that a patch shows
 FAINTEST = 5.0  # standard deviation of a patch's greys, of 255; with less there is nothing to tell it by
-# Regions of a hard photograph, in shares of its width and height, and their shares of the patches. They do not touch.
+# Regions of a hard photograph, in shares of its width and height, and their shares of the patches; they share no pixel.
 REGIONS = {"unsup": ((0.4, 0, 1, 1), 0.6), "val": ((0, 0.25, 0.4, 1), 0.3), "train": ((0, 0, 0.4, 0.25), 0.1)}
 WHOLE = {"train": ((0, 0, 1, 1), 1.0)}
 
@@ -62,7 +62,8 @@ def load_patch(path: str, side: int) -> np.ndarray:
     """The patch of that path -> side side 3 uint8."""
     name, left, top, scale = path.rsplit("/", 1)[1].split("-")
     left, top, scale = int(left), int(top), int(scale)
-    patch = _photo(name).resize((PATCH, PATCH), Image.Resampling.BICUBIC, (left, top, left + scale, top + scale))
+    # Cropped first: resizing a box of the photograph would look at pixels around it, which may be another split's.
+    patch = _photo(name).crop((left, top, left + scale, top + scale)).resize((PATCH, PATCH), Image.Resampling.BICUBIC)
     return np.asarray(patch if side == PATCH else patch.resize((side, side), Image.Resampling.BICUBIC))
 
 

@@ -98,7 +98,7 @@ def fit(args: argparse.Namespace, trainer: Trainer, train_loader, val_loader, lo
     # A run on another question than the fixed one is validated on its own as well.
     own = args.task == "mixup" and (task.candidates, task.sources) != (exam.candidates, exam.sources)
     smallest = min(map(len, val_loader.batch_sampler))
-    if own and task.candidates != "batch" and task.candidates > smallest:
+    if own and max(task.sources, 0 if task.candidates == "batch" else task.candidates) > smallest:
         print(f"no val_own figures: {task.candidates} candidates, and {smallest} validation images to take them from")
         own = False
     shown = next(trainer.questions(val_loader, exam))

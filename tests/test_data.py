@@ -32,6 +32,15 @@ def test_a_class_that_only_val_has_is_refused(labelled):
         list_data(str(labelled))
 
 
+def test_a_val_without_classes_is_not_taken_for_training(labelled):
+    for file in list((labelled / "val").rglob("*.jpg")):
+        file.rename(labelled / "val" / f"{file.parent.name}-{file.name}")
+    for name in ("bee", "cow"):
+        (labelled / "val" / name).rmdir()
+    with pytest.raises(UsageError, match="no usable image for val: expected val/CLASS/IMAGE"):
+        list_data(str(labelled))
+
+
 def test_any_other_folder_is_unlabelled_at_any_depth(folder, tmp_path):
     deep = folder / "a" / "b"
     deep.mkdir(parents=True)

@@ -98,6 +98,18 @@ def test_the_users_own_choice_of_parts_is_debugged(debug):
     assert "--decoder cosine or ridge" in " ".join(end.out.split())
 
 
+@pytest.mark.parametrize(
+    "args", [("--candidates", "batch", "--n", 4), ("--task", "rotate"), ("--encoder", "convnext_tiny")]
+)
+def test_healthy_choices_pass_the_checks_before_learning(debug, monkeypatch, args):
+    import ladder
+
+    checks = dict(list(CHECKS.items())[:8])
+    monkeypatch.setattr(ladder, "CHECKS", checks)
+    end = debug(*args)
+    assert end.status == 0 and end.out.count("✗") == 0, end.out
+
+
 def test_a_folder_with_copies_in_val_fails_the_data_check(debug, labelled):
     for i, file in enumerate((labelled / "train" / "bee").iterdir()):
         (labelled / "val" / "bee" / f"copy{i}.jpg").write_bytes(file.read_bytes())
@@ -122,6 +134,8 @@ def test_pretrained_weights_that_cannot_be_had(script, monkeypatch, tmp_path):
 @pytest.mark.parametrize(("args", "message"), [
     (("--n", 1), "'1' is not a whole number"),
     (("--n", 4, "--candidates", 5), "--candidates 5 is more than --n 4 has"),
+    (("--task", "scale", "--candidates", 20), "--candidates 20 is more than --n 8 has"),
+    (("--task", "quadrant", "--sources", 4), "so use 4 or more"),
     (("--data", "nowhere"), "no such folder"),
     (("--fault", "gremlins"), "--fault gremlins is unknown: use `list`, or one of dot_mse"),
     (("--pretrained",), "--pretrained needs an encoder of torchvision"),

@@ -6,7 +6,7 @@ from torch import nn
 
 from augment import generator
 from data import get_dataloaders, open_pretext
-from engine import Trainer, choose_amp, choose_device, learning_rate
+from engine import Trainer, choose_amp, choose_device, is_matrix, learning_rate
 from errors import RunError, UsageError
 from models import build_model
 from tasks import MixupTransform
@@ -110,6 +110,12 @@ def test_weight_decay_leaves_biases_and_normalisation_alone():
     assert decayed["weight_decay"] > 0 == free["weight_decay"] == scalars["weight_decay"]
     assert {p.ndim for p in decayed["params"]} == {2, 4}
     assert {p.ndim for p in free["params"]} == {1} and {p.ndim for p in scalars["params"]} == {0}
+
+
+def test_a_scale_per_channel_is_no_matrix():
+    """ConvNeXt's scales have shape C 1 1 and start at 1e-6: a step is a thousand times their size."""
+    assert not is_matrix(torch.ones(8, 1, 1)) and not is_matrix(torch.ones(8)) and not is_matrix(torch.ones(()))
+    assert is_matrix(torch.ones(8, 4)) and is_matrix(torch.ones(8, 1, 3, 3))
 
 
 def test_the_state_holds_tensors_and_plain_values(loaders, tmp_path):

@@ -123,6 +123,12 @@ def test_a_folder_of_ones_own(script, folder):
     assert "no val_own figures: 8 candidates, and 4 validation images" in end.out
 
 
+def test_more_sources_than_validation_images(script, folder):
+    args = ("--batch-size", 16, "--size", 16, "--candidates", "batch", "--sources", 5, "--out", "run")
+    end = script("train_pretext.py", "--data", folder, "--epochs", 1, *args)
+    assert end.status == 0 and "no val_own figures" in end.out, end.err
+
+
 def test_val_is_never_seen(script, labelled, monkeypatch):
     import data
 
