@@ -29,7 +29,8 @@ def generator(*key: int) -> torch.Generator:
 
     Randomness is always drawn on the CPU, so that every device sees the same numbers.
     """
-    state = np.random.SeedSequence([abs(k) for k in key]).generate_state(1, np.uint64)[0]
+    words = [len(key), *map(abs, key)]  # with the length, since a SeedSequence cannot tell trailing zeros apart
+    state = np.random.SeedSequence(words).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state))
 
 

@@ -29,6 +29,7 @@ RUN_FILES = (
     "validation.png",
     "checkpoint.pt",
     "encoder.pt",
+    "predictions.csv",
     "events.out.tfevents.*",
 )
 
@@ -73,6 +74,17 @@ def rate(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """An option's type: a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share: give a number from 0 to 1")
+    return value
+
+
 def _candidates(text: str) -> int | str:
     """An option's type: a number of candidates, or `batch`."""
     if text == "batch":
@@ -112,6 +124,13 @@ def add_task_options(parser: Parser, candidates: int | str) -> None:
         default=True,
         help="ask about another view (crop, flip, colour) than the one that was mixed",
     )
+    group.add_argument("--pure", type=share, default=0.0, help="share of the mixtures that hold one image alone")
+    group.add_argument(
+        "--symmetric",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="with `--candidates batch`: ask also how much of each mixture comes from a candidate",
+    )
     group.add_argument(
         "--activation", choices=ACTIVATIONS, default="softmax", help="weights as a distribution, or each by itself"
     )
@@ -120,7 +139,10 @@ def add_task_options(parser: Parser, candidates: int | str) -> None:
 
 def make_task(args: argparse.Namespace, batch: int, batch_name: str) -> WeightTask | LabelTask:
     """The task that the options describe. Raises UsageError where a batch of `batch` images is too small for it."""
-    task = build_task(args.task, args.candidates, args.sources, args.views, args.size, args.activation, args.loss)
+    mixing = {"pure": args.pure, "symmetric": args.symmetric}
+    task = build_task(
+        args.task, args.candidates, args.sources, args.views, args.size, args.activation, args.loss, **mixing
+    )
     if isinstance(task, MixupTransform):
         name, needed = ("sources", task.sources) if task.candidates == "batch" else ("candidates", task.candidates)
         if needed > batch:
@@ -136,7 +158,7 @@ def add_model_options(parser: Parser) -> argparse._ArgumentGroup:
     return group
 
 
-def add_loop_options(parser: Parser, lr: float) -> argparse._ArgumentGroup:
+def add_loop_options(parser: Parser, lr: float | None) -> argparse._ArgumentGroup:
     """--lr, --seed, --device, --amp. Returns their group, for what only one script has."""
     group = parser.add_argument_group("training")
     group.add_argument("--lr", type=rate, default=lr, help="peak learning rate of AdamW")

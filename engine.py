@@ -65,20 +65,21 @@ def is_matrix(parameter: torch.Tensor) -> bool:
     return parameter.ndim > 1 and parameter[0].numel() > 1
 
 
-def make_optimizer(model: nn.Module, lr: float, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module, lr: float, device: torch.device, encoder_rate: float = 1.0
+) -> torch.optim.Optimizer:
     """AdamW; weight decay on matrices and kernels, not on biases, normalisation and scalars.
+
+    `encoder_rate` is the learning rate of `model.encoder` as a share of that of the rest.
 
     Scalars, such as a learned temperature, take larger steps: Adam moves each number by about the learning rate, and
     they have further to go.
     """
-    kinds = ([], [], [])  # scalars; biases and normalisation; matrices and kernels
-    for parameter in model.parameters():
-        kinds[2 if is_matrix(parameter) else min(parameter.ndim, 1)].append(parameter)
-    groups = [
-        {"params": parameters, "weight_decay": decay, "rate": rate}
-        for parameters, decay, rate in zip(kinds, (0.0, 0.0, WEIGHT_DECAY), (SCALAR_RATE, 1.0, 1.0), strict=True)
-        if parameters
-    ]
+    groups = {}  # (share of the learning rate, weight decay): parameters
+    for name, parameter in model.named_parameters():
+        rate = SCALAR_RATE if parameter.ndim == 0 else encoder_rate if name.startswith("encoder.") else 1.0
+        groups.setdefault((rate, WEIGHT_DECAY if is_matrix(parameter) else 0.0), []).append(parameter)
+    groups = [{"params": p, "rate": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
     return torch.optim.AdamW(groups, lr=lr, fused=device.type != "mps")
 
 
@@ -124,6 +125,7 @@ class Trainer:
     steps   of the whole run, for the schedule
     seed    with epoch and step, all that the randomness of a step depends on
     amp     compute in bf16
+    encoder_rate  the encoder's learning rate as a share of the rest's
     """
 
     def __init__(
@@ -136,12 +138,13 @@ class Trainer:
         seed: int = 0,
         device: torch.device | None = None,
         amp: bool = False,
+        encoder_rate: float = 1.0,
     ):
         self.device = device or torch.device("cpu")
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.task, self.lr, self.steps, self.seed, self.amp = task, lr, steps, seed, amp
         self.taken = 0  # steps
-        self.optimizer = make_optimizer(model, lr, self.device)
+        self.optimizer = make_optimizer(model, lr, self.device, encoder_rate)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # every batch has the same shape
 
@@ -166,20 +169,25 @@ class Trainer:
         self.model.train()
         loader.batch_sampler.epoch = epoch
         running = Running(self.device)
-        for batch, (images, _) in enumerate(loader):
-            question = self.task(images.to(self.device, non_blocking=True), generator(self.seed, epoch, batch))
+        for batch, (images, labels) in enumerate(loader):
+            question = self.ask(self.task, images, labels, generator(self.seed, epoch, batch))
             running.add(self.step(question, epoch * len(loader) + batch))
             if batch % READ_EVERY == READ_EVERY - 1:
                 self._show(bar, self._check(running.peek(), epoch))
             bar.update(len(images))
         means = self._check(running.read(), epoch)
         self._show(bar, means)
-        return {**means, "learning_rate": self.optimizer.param_groups[-1]["lr"]}
+        return {**means, "learning_rate": learning_rate(self.taken - 1, self.steps, self.lr)}
 
     def questions(self, loader: Iterable, task) -> Iterator:
         """The validation questions: what a batch is asked depends on its number alone."""
-        for block, (images, _) in enumerate(loader):
-            yield task(images.to(self.device, non_blocking=True), generator(VALIDATION_SEED, block))
+        for block, (images, labels) in enumerate(loader):
+            yield self.ask(task, images, labels, generator(VALIDATION_SEED, block))
+
+    def ask(self, task, images: torch.Tensor, labels: torch.Tensor, rng: torch.Generator):
+        """A batch of the loader -> a question, on the device."""
+        images = images.to(self.device, non_blocking=True)
+        return task(images, rng, labels.to(self.device, non_blocking=True)) if task.takes_labels else task(images, rng)
 
     @torch.no_grad()
     def evaluate(self, loader: Iterable, task, score: Callable | None = None) -> dict[str, float]:
@@ -194,8 +202,8 @@ class Trainer:
     def settle(self, loader: DataLoader, batches: int = 10) -> None:
         """Let the statistics of batch normalisation meet some training batches, so that eval mode means something."""
         self.model.train()
-        for batch, (images, _) in zip(range(batches), loader, strict=False):
-            self.logits(self.task(images.to(self.device), generator(self.seed, 0, batch)))
+        for batch, (images, labels) in zip(range(batches), loader, strict=False):
+            self.logits(self.ask(self.task, images, labels, generator(self.seed, 0, batch)))
 
     @torch.no_grad()
     def answer(self, question) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.tensorboard import SummaryWriter
@@ -83,6 +84,55 @@ def draw_mixtures(question, predicted: torch.Tensor, rows: int = 8) -> Image.Ima
             sheet.paste(tiles[rows + row * n + i], (left, top))
             _bar(draw, left, top + VIEW + 3, "true", weights[row][i], TRUE)
             _bar(draw, left, top + VIEW + 19, "said", predicted[row][i], PREDICTED)
+    return sheet
+
+
+def draw_confusion(said: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> Image.Image:
+    """What images of each class were taken for: a row for each class that occurs, a column for each that is answered.
+
+    said, labels  M int64, indices into `classes`. A cell has the per cent of its row's images; right ones are framed.
+    """
+    counts = torch.zeros(len(classes), len(classes)).index_put_((labels, said), torch.ones(()), accumulate=True)
+    rows, names = labels.unique().tolist(), [name[:16] for name in classes]
+    cell, margin = 34, 8 + round(max(_font().getlength(name) for name in names))
+    sheet = Image.new("RGB", (2 * margin + len(classes) * cell, margin + len(rows) * cell + GAP), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for column, name in enumerate(names):
+        slip = Image.new("RGB", (margin, 16), PAPER)
+        ImageDraw.Draw(slip).text((4, 0), name, INK, _font())
+        sheet.paste(slip.rotate(90, expand=True), (margin + column * cell + 9, 0))
+    for line, label in enumerate(rows):
+        top = margin + line * cell
+        draw.text((4, top + 10), names[label], INK, _font())
+        for column, count in enumerate(counts[label].tolist()):
+            share = count / counts[label].sum().item()
+            shade = tuple(round(255 + share * (dark - 255)) for dark in PREDICTED)
+            left = margin + column * cell
+            right = column == label
+            draw.rectangle(
+                (left, top, left + cell - 2, top + cell - 2), shade, INK if right else TRUE, 2 if right else 1
+            )
+            if count:
+                text = f"{100 * share:.0f}"
+                place = (left + (cell - 2 - _font().getlength(text)) / 2, top + 10)
+                draw.text(place, text, PAPER if share > 0.5 else INK, _font(bold=right))
+    return sheet
+
+
+def draw_mistakes(
+    images: np.ndarray, said: list[str], labels: list[str], confidence: list[float], columns: int = 6
+) -> Image.Image:
+    """A contact sheet: images M 3 H W uint8, each with the class it was taken for, how surely, and its own."""
+    height = VIEW + 46
+    width = max(VIEW, *(round(_font().getlength(name[:16])) for name in said + labels)) + 40 if said else VIEW
+    lines = max(1, -(-len(said) // columns))
+    sheet = Image.new("RGB", (GAP + columns * (width + GAP), GAP + lines * height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, (name, label, sure) in enumerate(zip(said, labels, confidence, strict=True)):
+        left, top = GAP + i % columns * (width + GAP), GAP + i // columns * height
+        sheet.paste(_tile(images[i].transpose(1, 2, 0)), (left, top))
+        draw.text((left, top + VIEW + 2), f"said {name[:16]} {100 * sure:.0f} %", INK, _font())
+        draw.text((left, top + VIEW + 17), f"is {label[:16]}", INK, _font(bold=True))
     return sheet
 
 

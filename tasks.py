@@ -58,6 +58,7 @@ class WeightTask:
     """
 
     classes = None
+    takes_labels = False
 
     def __init__(self, size: int, activation: str, loss: str):
         if activation not in ACTIVATIONS:
@@ -101,6 +102,8 @@ class MixupTransform(WeightTask):
                 Mixing two images with a Beta weight: mixup (Zhang et al. 2018, section 2).
     views       the candidates show another view than the one that was mixed; else the very same pixels
     size        side of a view, px
+    pure        share of mixtures that hold the example alone, in [0, 1]
+    symmetric   ask the other way round too: how much of each mixture comes from this candidate? ("batch" only)
     """
 
     def __init__(
@@ -112,6 +115,8 @@ class MixupTransform(WeightTask):
         size: int = 32,
         activation: str = "softmax",
         loss: str = "kl",
+        pure: float = 0.0,
+        symmetric: bool = False,
     ):
         super().__init__(size, activation, loss)
         if sources < 1:
@@ -120,7 +125,13 @@ class MixupTransform(WeightTask):
             raise UsageError(
                 f"candidates is {candidates}: the {sources} sources are among them, so use {max(2, sources)} or more"
             )
+        if symmetric and candidates != "batch":
+            raise UsageError(
+                "--symmetric asks how much of each mixture comes from a candidate, so all images of the "
+                "batch have to be candidates: add --candidates batch"
+            )
         self.candidates, self.sources, self.views = candidates, sources, views
+        self.pure, self.symmetric = pure, symmetric
         self.dist = dist if dist is not None else Uniform(0.0, 1.0)
 
     def __call__(self, images: torch.Tensor, rng: torch.Generator) -> Question:
@@ -156,7 +167,18 @@ class MixupTransform(WeightTask):
         for share in sample(self.dist, (self.sources - 1, B), rng):
             weights.append(left * share.clamp(SMALLEST_WEIGHT, 1 - SMALLEST_WEIGHT))
             left = left - weights[-1]
-        return rows, torch.stack([*weights, left], dim=1)
+        weights = torch.stack([*weights, left], dim=1)  # B k
+        if self.pure:
+            alone = torch.rand(B, generator=rng) < self.pure
+            weights[alone] = torch.eye(self.sources)[0]
+        return rows, weights
+
+    def score(self, logits: torch.Tensor, question: Question) -> dict[str, torch.Tensor]:
+        scores = super().score(logits, question)
+        if self.symmetric:  # B B: row i, a mixture; column j, image j
+            shares = question.weights.T / question.weights.sum(dim=0)[:, None]
+            scores["loss"] = (scores["loss"] + unmixing_loss(logits.T, shares, "softmax")) / 2
+        return scores
 
     def validation(self) -> "MixupTransform":
         """The question that is the same for every run, so that figures compare: two of three candidates, weights from
@@ -189,6 +211,7 @@ class LabelTask:
     """What classification tasks share: a linear head on the encoder answers, with `classes` logits."""
 
     classes = 4
+    takes_labels = False
 
     def __init__(self, size: int = 32):
         self.size = size
@@ -231,6 +254,31 @@ class Rotate(LabelTask):
         return LabelQuestion(turned[labels, torch.arange(len(images), device=images.device)], labels)
 
 
+class Classify(LabelTask):
+    """Which class is the image labelled with? The downstream task.
+
+    Trained with the logits shifted by the log of the class prior, and answered without the shift, so that rare classes
+    count as much as frequent ones: logit adjustment (Menon et al. 2021, equation 10).
+
+    counts  images of each class in the training set
+    size    side of a view, px; None where the encoder's features come in place of the images
+    """
+
+    takes_labels = True
+
+    def __init__(self, counts: torch.Tensor, size: int | None):
+        self.classes, self.size = len(counts), size
+        self.log_prior = (counts / counts.sum()).log()  # C
+
+    def __call__(self, images: torch.Tensor, rng: torch.Generator, labels: torch.Tensor) -> LabelQuestion:
+        """images B 3 H W uint8 (or features B D), labels B int64 -> LabelQuestion."""
+        return LabelQuestion(augment(images, self.size, rng) if self.size else images, labels)
+
+    def score(self, logits: torch.Tensor, question: LabelQuestion) -> dict[str, torch.Tensor]:
+        """Means over the batch: loss (cross-entropy of the shifted logits, nats) and accuracy."""
+        return super().score(logits + send(self.log_prior, logits.device), question)
+
+
 def build_task(
     name: str,
     candidates: int | str = 8,
@@ -239,10 +287,13 @@ def build_task(
     size: int = 32,
     activation: str = "softmax",
     loss: str = "kl",
+    **mixing,
 ) -> WeightTask | LabelTask:
     """The task of that name, one of TASKS. Raises UsageError where the settings make no sense."""
     if name in ("mixup", "duplicate"):
-        return MixupTransform(candidates, 1 if name == "duplicate" else sources, None, views, size, activation, loss)
+        return MixupTransform(
+            candidates, 1 if name == "duplicate" else sources, None, views, size, activation, loss, **mixing
+        )
     if name == "scale":
         if candidates == "batch":
             raise UsageError("--task scale makes its own candidates: give their number, such as --candidates 3")
