@@ -131,6 +131,9 @@ def add_task_options(parser: Parser, candidates: int | str) -> None:
         default=False,
         help="with `--candidates batch`: ask also how much of each mixture comes from a candidate",
     )
+    group.add_argument("--regions", type=share, default=0.0, help="share of mixtures by pasting")
+    group.add_argument("--contrast", action="store_true", help="ask about the seen views as well")
+    group.add_argument("--beta", type=rate, help="weights from Beta(b, b) (default: uniform)")
     group.add_argument(
         "--activation", choices=ACTIVATIONS, default="softmax", help="weights as a distribution, or each by itself"
     )
@@ -139,7 +142,13 @@ def add_task_options(parser: Parser, candidates: int | str) -> None:
 
 def make_task(args: argparse.Namespace, batch: int, batch_name: str) -> WeightTask | LabelTask:
     """The task that the options describe. Raises UsageError where a batch of `batch` images is too small for it."""
-    mixing = {"pure": args.pure, "symmetric": args.symmetric}
+    mixing = {
+        "pure": args.pure,
+        "symmetric": args.symmetric,
+        "regions": args.regions,
+        "contrast": args.contrast,
+        "beta": args.beta,
+    }
     task = build_task(
         args.task, args.candidates, args.sources, args.views, args.size, args.activation, args.loss, **mixing
     )
@@ -154,6 +163,7 @@ def add_model_options(parser: Parser) -> argparse._ArgumentGroup:
     """--encoder, --decoder. Returns their group."""
     group = parser.add_argument_group("network")
     group.add_argument("--encoder", choices=ENCODERS, default="conv", help="what is kept")
+    group.add_argument("--hidden", type=whole(0), default=0, help="width of the projection's hidden layer; 0: linear")
     group.add_argument("--decoder", choices=DECODERS, default="ridge", help="what compares mixture and candidate")
     return group
 

@@ -111,8 +111,14 @@ class Projection(nn.Sequential):
     The features are not negative, so without the centring all images point the same way.
     """
 
+    hidden = 0  # width of a hidden layer, if any
+
     def __init__(self, features: int, projection: int):
-        super().__init__(nn.Linear(features, projection, bias=False), nn.BatchNorm1d(projection, affine=False))
+        layers = []
+        if self.hidden:
+            layers = [nn.Linear(features, self.hidden, bias=False), nn.BatchNorm1d(self.hidden), nn.ReLU(inplace=True)]
+            features = self.hidden
+        super().__init__(*layers, nn.Linear(features, projection, bias=False), nn.BatchNorm1d(projection, affine=False))
 
     def forward(self, mixtures, asked):
         """B D, A D -> B P, A P, in float32; both in one pass, so that they share their statistics."""
@@ -130,7 +136,10 @@ class CosineDecoder(nn.Module):
     def __init__(self, features: int, projection: int = 256):
         super().__init__()
         self.project = Projection(features, projection)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+        import os
+
+        t = float(os.environ.get("UNMIX_T", 0))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / t if t else 10.0)), requires_grad=not t)
 
     def forward(self, mixtures, asked, candidates):
         mixtures, asked = (nn.functional.normalize(z, dim=1) for z in self.project(mixtures, asked))  # B P, A P

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.distributions import Distribution, Uniform
+from torch.distributions import Beta, Distribution, Uniform
 
 from augment import augment, box, send
 from errors import UsageError
@@ -104,6 +104,9 @@ class MixupTransform(WeightTask):
     size        side of a view, px
     pure        share of mixtures that hold the example alone, in [0, 1]
     symmetric   ask the other way round too: how much of each mixture comes from this candidate? ("batch" only)
+    regions     share of the mixtures in which a box of one image is pasted into the other (CutMix, Yun et al. 2019),
+                its area being the weight; k = 2 only
+    contrast    ask about the seen views themselves as well, B more rows with a weight of one ("batch" only)
     """
 
     def __init__(
@@ -117,6 +120,8 @@ class MixupTransform(WeightTask):
         loss: str = "kl",
         pure: float = 0.0,
         symmetric: bool = False,
+        regions: float = 0.0,
+        contrast: bool = False,
     ):
         super().__init__(size, activation, loss)
         if sources < 1:
@@ -131,7 +136,7 @@ class MixupTransform(WeightTask):
                 "batch have to be candidates: add --candidates batch"
             )
         self.candidates, self.sources, self.views = candidates, sources, views
-        self.pure, self.symmetric = pure, symmetric
+        self.pure, self.symmetric, self.regions, self.contrast = pure, symmetric, regions, contrast
         self.dist = dist if dist is not None else Uniform(0.0, 1.0)
 
     def __call__(self, images: torch.Tensor, rng: torch.Generator) -> Question:
@@ -147,10 +152,20 @@ class MixupTransform(WeightTask):
         asked = augment(images, self.size, rng) if self.views else seen  # B 3 S S  the view that is asked about
         k = self.sources
         mixtures = sum(weights[:, j, None, None, None] * seen[rows[:, j]] for j in range(k))
+        if self.regions:
+            masks, areas = self._boxes(weights[:, 1].cpu(), rng)
+            pasted = (torch.rand(B, generator=rng) < self.regions) & (weights[:, 1].cpu() > 0)
+            masks, areas, pasted = (send(t, device) for t in (masks, areas, pasted))
+            boxed = torch.where(masks[:, None], seen[rows[:, 1]], seen)
+            mixtures = torch.where(pasted[:, None, None, None], boxed, mixtures)
+            weights = torch.where(pasted[:, None], torch.stack([1 - areas, areas], dim=1), weights)
 
         if self.candidates == "batch":
             candidates = torch.arange(B, device=device).expand(B, B)
             answer = torch.zeros(B, B, device=device).scatter_(1, rows[:, :k], weights)
+            if self.contrast:
+                mixtures, candidates = torch.cat([mixtures, seen]), candidates[:1].expand(2 * B, B)
+                answer = torch.cat([answer, torch.eye(B, device=device)])
         else:
             order = send(torch.rand(B, n, generator=rng).argsort(dim=1), device)
             candidates = rows.gather(1, order)
@@ -172,6 +187,19 @@ class MixupTransform(WeightTask):
             alone = torch.rand(B, generator=rng) < self.pure
             weights[alone] = torch.eye(self.sources)[0]
         return rows, weights
+
+    def _boxes(self, areas, rng):
+        """Boxes of these shares of a view, as masks B S S, and the shares that they really have, B."""
+        S = self.size
+        aspect = (torch.rand(len(areas), generator=rng) * 2 - 1).mul(math.log(2)).exp().sqrt()
+        height, width = (areas.sqrt() * aspect * S).round().clamp(1, S), (areas.sqrt() / aspect * S).round().clamp(1, S)
+        top = (torch.rand(len(areas), generator=rng) * (S - height + 1)).floor()
+        left = (torch.rand(len(areas), generator=rng) * (S - width + 1)).floor()
+        line = torch.arange(S)
+        rows = (line >= top[:, None]) & (line < (top + height)[:, None])
+        columns = (line >= left[:, None]) & (line < (left + width)[:, None])
+        masks = rows[:, :, None] & columns[:, None]
+        return masks, masks.float().mean(dim=(1, 2))
 
     def score(self, logits: torch.Tensor, question: Question) -> dict[str, torch.Tensor]:
         scores = super().score(logits, question)
@@ -290,9 +318,11 @@ def build_task(
     **mixing,
 ) -> WeightTask | LabelTask:
     """The task of that name, one of TASKS. Raises UsageError where the settings make no sense."""
+    beta = mixing.pop("beta", None)
     if name in ("mixup", "duplicate"):
+        dist = Beta(beta, beta) if beta else None
         return MixupTransform(
-            candidates, 1 if name == "duplicate" else sources, None, views, size, activation, loss, **mixing
+            candidates, 1 if name == "duplicate" else sources, dist, views, size, activation, loss, **mixing
         )
     if name == "scale":
         if candidates == "batch":

@@ -56,6 +56,9 @@ def main() -> None:
     amp = choose_amp(args.amp, device)
     task = cli.make_task(args, args.batch_size, "--batch-size")
     torch.manual_seed(args.seed)
+    import models
+
+    models.Projection.hidden = args.hidden
     model = build_model(args.encoder, args.decoder, args.size, task.classes)
     folder = cli.choose_folder(args, "pretext")
 

@@ -104,10 +104,15 @@ def experiment(args: argparse.Namespace, name: str, seed: int) -> None:
 def call(words: list, log: Path) -> None:
     """Run a script of the project with one thread, its output to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    env = [w for w in map(str, words) if w.startswith("UNMIX_")]
+    words = [w for w in words if w not in env]
     command = [sys.executable, ROOT / words[0], *words[1:]]
     with open(log, "w") as stream:
         done = subprocess.run(
-            list(map(str, command)), stdout=stream, stderr=stream, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            list(map(str, command)),
+            stdout=stream,
+            stderr=stream,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **dict(e.split("=") for e in env)},
         )
     if done.returncode:
         sys.exit(f"{shlex.join(map(str, command))} failed:\n{log.read_text()[-2000:]}")

@@ -1,0 +1,147 @@
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import photos
+from models import build_encoder
+
+FIGURES = ("accuracy", "accuracy_val_classes", "accuracy_uncorrected")
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """What a pretext run leaves, as far as transfer reads it."""
+    folder = tmp_path_factory.mktemp("pretext") / "run"
+    folder.mkdir()
+    torch.manual_seed(7)
+    torch.save(build_encoder("conv").state_dict(), folder / "encoder.pt")
+    settings = {"settings": {"encoder": "conv", "size": 16, "data": "photos"}}
+    (folder / "settings.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture
+def transfer(script, cache):
+    """Run train_transfer.py; returns how it ended and its folder."""
+
+    def run(*args, out="out"):
+        return script("train_transfer.py", "--data-dir", cache, "--out", out, *args), Path(out)
+
+    return run
+
+
+@pytest.mark.parametrize("mode", ["finetune", "linear", "knn"])
+def test_every_mode_leaves_what_is_promised(transfer, pretrained, mode):
+    options = ("--epochs", 1, "--batch-size", 256) if mode == "finetune" else ("--epochs", 2)
+    end, folder = transfer(pretrained, "scratch", "--mode", mode, "--runs", 2, *options)
+    assert end.status == 0, end.err
+    summary = json.loads((folder / "summary.json").read_text())
+    assert list(summary) == [str(pretrained), "scratch"]
+    for row in summary.values():
+        assert (row["data"], row["mode"], row["runs"]) == ("photos", mode, 2)
+        assert row["seconds"] > 0 and row["device"].startswith("cpu") and row["epochs"] in (1, 2)
+        for name in FIGURES:
+            values = torch.tensor(row[name.replace("accuracy", "accuracies")], dtype=torch.float64)
+            assert len(values) == 2 and ((values >= 0) & (values <= 1)).all()
+            assert row[f"{name}_mean"] == pytest.approx(values.mean().item())
+            assert row[f"{name}_std"] == pytest.approx(values.std().item(), abs=1e-9)
+
+    rows = list(csv.DictReader((folder / "predictions.csv").open()))
+    held = {name for _, split, name in photos.list_patches() if split == "val"}
+    for start, row in summary.items():
+        for run in (1, 2):
+            mine = [r for r in rows if r["start"] == start and r["run"] == str(run)]
+            assert {r["class"] for r in mine} == held and all(r["path"].split("/")[1] == r["class"] for r in mine)
+            assert {r["accuracy_val_classes"] for r in mine} <= held
+            for name in FIGURES:
+                share = sum(r[name] == r["class"] for r in mine) / len(mine)
+                assert share == pytest.approx(row[name.replace("accuracy", "accuracies")][run - 1])
+
+    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+    for start in summary:
+        for picture in ("confusion", "mistakes"):
+            assert len(events.Images(f"{picture}/{start}")) == 1
+        if mode != "knn":
+            assert len(events.Scalars(f"{start}/run 2 loss")) == summary[start]["epochs"]
+    table = end.out.split("\nSTART", 1)[1]
+    assert "16 classes" in table and "the 8 of val/" in table and "±" in table
+
+
+def test_one_run_has_no_spread(transfer):
+    end, folder = transfer("scratch", "--mode", "knn", "--size", 16)
+    assert end.status == 0 and "±" not in end.out
+    assert json.loads((folder / "summary.json").read_text())["scratch"]["accuracy_std"] is None
+
+
+def test_a_start_is_a_folder_or_its_encoder(transfer, pretrained):
+    end, folder = transfer(pretrained, pretrained / "encoder.pt", "--mode", "knn")
+    assert end.status == 0, end.err
+    folders, file = json.loads((folder / "summary.json").read_text()).values()
+    assert folders["accuracies"] == file["accuracies"]
+    settings = json.loads((folder / "settings.json").read_text())["settings"]
+    assert (settings["data"], settings["size"], settings["encoder"]) == ("photos", 16, "conv")  # as it was pretrained
+
+
+def test_what_a_pretext_run_leaves_is_a_start(script, cache):
+    end = script(
+        "train_pretext.py", "--epochs", 1, "--size", 16, "--batch-size", 512, "--data-dir", cache, "--out", "pretext"
+    )
+    assert end.status == 0, end.err
+    end = script("train_transfer.py", "pretext", "--mode", "knn", "--data-dir", cache, "--out", "transfer")
+    assert end.status == 0, end.err
+
+
+def test_a_torchvision_encoder_loads_without_this_project(script, cache):
+    end = script(
+        "train_pretext.py", "--epochs", 1, "--encoder", "resnet18", "--batch-size", 512, "--data-dir", cache,
+        "--out", "pretext",
+    )  # fmt: skip
+    assert end.status == 0, end.err
+    state = torch.load("pretext/encoder.pt", weights_only=True)
+    plain = torchvision.models.resnet18()
+    report = plain.load_state_dict(state, strict=False)
+    assert report.missing_keys == ["fc.weight", "fc.bias"] and not report.unexpected_keys
+    encoder = build_encoder("resnet18").eval()
+    encoder.load_state_dict(state)
+    plain.fc = torch.nn.Identity()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(images), encoder(images))
+
+
+@pytest.mark.parametrize(
+    "case, message",
+    [
+        ("nowhere", "nowhere is not there"),
+        ("empty", "empty holds no encoder.pt"),
+        ("alone", "settings.json does not say"),
+        ("damaged", "does not load as the encoder 'conv'"),
+        ("other", "does not load as the encoder 'resnet18'"),
+        ("unlabelled", "has no labels"),
+        ("freeze", "--freeze 5 leaves none"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(transfer, pretrained, folder, case, message):
+    starts = Path("starts")
+    for name in ("empty", "alone", "damaged", "other"):
+        (starts / name).mkdir(parents=True)
+    state, settings = (pretrained / "encoder.pt").read_bytes(), (pretrained / "settings.json").read_text()
+    for name in ("alone", "other"):
+        (starts / name / "encoder.pt").write_bytes(state)
+    (starts / "damaged" / "encoder.pt").write_bytes(state[:1000])
+    (starts / "damaged" / "settings.json").write_text(settings)
+    (starts / "other" / "settings.json").write_text(settings.replace("conv", "resnet18"))
+    args = {
+        "unlabelled": (pretrained, "--data", folder),
+        "freeze": (pretrained, "--freeze", 5),
+    }.get(case, (starts / case,))
+    end, out = transfer(*args)
+    assert end.status == 2
+    assert re.search(re.escape(message), end.err) and end.err.count("\n") == 1, end.err
+    assert not out.exists()

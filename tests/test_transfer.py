@@ -1,0 +1,143 @@
+import pytest
+import torch
+from torch import nn
+
+import transfer
+from data import list_data, open_images
+from models import Classifier, build_encoder
+from tasks import Classify, LabelQuestion
+
+CPU = {"device": torch.device("cpu"), "amp": False}
+
+
+def recipe(mode, **changes):
+    settings = {"size": 16, "epochs": 2, "batch_size": 8, "lr": 1e-3, "encoder_rate": 0.5, "freeze": 0, **CPU}
+    return transfer.Recipe(mode, **{**settings, **changes})
+
+
+def nothing(epoch, means):
+    pass
+
+
+def scratch(encoder="conv"):
+    return transfer.Start("scratch", encoder, 16, "photos", None)
+
+
+@pytest.fixture
+def data(labelled, tmp_path):
+    images = open_images(list_data(str(labelled)), 16, tmp_path / "data")
+    return transfer.Labelled(images, images.rows("train"), images.rows("val"))
+
+
+def test_the_classes_of_a_smaller_val_are_those_of_train_by_name(labelled, tmp_path):
+    """Numbered by its own folders, val/bee would be train/ant."""
+    for split, name in (("train", "bee"), ("train", "cow")):
+        for file in (labelled / split / name).iterdir():  # val/ holds copies of what train/ holds
+            (labelled / "val" / name / file.name).write_bytes(file.read_bytes())
+    for name in ("bee", "cow"):
+        for file in set((labelled / "val" / name).iterdir()):
+            if not (labelled / "train" / name / file.name).exists():
+                file.unlink()
+    images = open_images(list_data(str(labelled)), 16, tmp_path / "data")
+    data = transfer.Labelled(images, images.rows("train"), images.rows("val"))
+    labels = images.labels[data.val]
+    assert data.held.tolist() == [1, 2] and set(labels.tolist()) == {1, 2}
+    assert data.counts.tolist() == [8, 8, 8]
+    answer = transfer.classify(scratch(), data, recipe("linear", epochs=40, lr=0.1), 0, nothing)
+    assert answer.accuracies(labels)["accuracy"] > 0.8  # they were trained on
+
+
+def test_knn_counts_the_nearest_votes():
+    torch.manual_seed(0)
+    train, queries = torch.randn(60, 5), torch.randn(9, 5)
+    labels = torch.tensor([0] * 40 + [1] * 15 + [2] * 5)
+    counts = labels.bincount()
+    answer = transfer.knn(train, labels, queries, counts, torch.tensor([1, 2]))
+    for i, query in enumerate(queries):
+        cosine = torch.tensor([float(query @ t / (query.norm() * t.norm())) for t in train])
+        votes = labels[cosine.argsort(descending=True)[:20]].bincount(minlength=3).float()
+        assert votes[answer.uncorrected[i]] == votes.max()
+        shares = votes / counts
+        assert shares[answer.all_classes[i]] == shares.max()
+        within = labels[cosine.masked_fill(labels == 0, -2).argsort(descending=True)[:20]].bincount(minlength=3)
+        assert within[answer.val_classes[i]] == within.max() and answer.val_classes[i] != 0
+
+
+def test_the_loss_is_that_of_logits_shifted_by_the_prior():
+    task = Classify(torch.tensor([90, 10]), None)
+    logits, labels = torch.tensor([[0.3, -0.2], [1.0, 2.0]]), torch.tensor([0, 1])
+    shifted = logits + torch.tensor([0.9, 0.1]).log()
+    expected = nn.functional.cross_entropy(shifted, labels)
+    assert torch.isclose(task.score(logits, LabelQuestion(None, labels))["loss"], expected)
+
+
+def test_the_correction_finds_rare_classes(labelled, tmp_path, patches):
+    """Where nothing tells the classes apart, the uncorrected answer is the frequent class."""
+    for file in (labelled / "train" / "cow").iterdir():
+        if file.name != "02.jpg":
+            file.unlink()
+    images = open_images(list_data(str(labelled)), 16, tmp_path / "data")
+    data = transfer.Labelled(images, images.rows("train"), images.rows("val"))
+    assert data.counts.tolist() == [8, 8, 1]
+    answer = transfer.classify(scratch(), data, recipe("linear", epochs=1, lr=1e-5), 0, nothing)
+    assert (answer.all_classes == 2).sum() > (answer.uncorrected == 2).sum()
+
+
+def test_a_frozen_encoder_stays_as_it_is(data):
+    torch.manual_seed(0)
+    model = Classifier(build_encoder("conv"), 3)
+    model.freeze(True)
+    model.train()
+    assert not any(module.training for module in model.encoder.modules()) and model.head.training
+    model.freeze(False)
+    model.train()
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("freeze, same", [(2, True), (1, False)])
+def test_freezing_holds_for_the_first_epochs(data, monkeypatch, freeze, same):
+    kept = {}
+    build = transfer.Start.build
+
+    def remember(start, seed):
+        kept["now"] = build(start, seed)
+        kept["before"] = {name: value.clone() for name, value in kept["now"].state_dict().items()}
+        return kept["now"]
+
+    monkeypatch.setattr(transfer.Start, "build", remember)
+    transfer.classify(scratch(), data, recipe("finetune", freeze=freeze), 0, nothing)
+    state = kept["now"].state_dict()
+    assert all(torch.equal(state[name], value) for name, value in kept["before"].items()) == same
+
+
+def test_linear_encodes_every_image_once(data, monkeypatch):
+    seen = []
+    build = transfer.Start.build
+
+    def count(start, seed):
+        encoder = build(start, seed)
+        encoder.register_forward_hook(lambda module, inputs, output: seen.append((len(output), module.training)))
+        return encoder
+
+    monkeypatch.setattr(transfer.Start, "build", count)
+    transfer.classify(scratch(), data, recipe("linear", epochs=5), 0, nothing)
+    assert sum(n for n, _ in seen) == len(data.train) + len(data.val)
+    assert not any(training for _, training in seen)
+
+
+def test_the_encoder_learns_at_its_own_rate():
+    from engine import make_optimizer
+
+    model = Classifier(build_encoder("conv"), 3)
+    optimizer = make_optimizer(model, 1e-3, torch.device("cpu"), encoder_rate=0.25)
+    rates = {id(p): group["rate"] for group in optimizer.param_groups for p in group["params"]}
+    assert {rates[id(p)] for p in model.encoder.parameters()} == {0.25}
+    assert {rates[id(p)] for p in model.head.parameters()} == {1.0}
+
+
+@pytest.mark.parametrize("mode", transfer.MODES)
+def test_the_same_seed_gives_the_same_answer(data, mode):
+    first, again, other = (
+        transfer.classify(scratch(), data, recipe(mode), seed, nothing).confidence for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
