@@ -17,6 +17,7 @@ import torch
 import torchvision
 
 import checkpoint
+from download import ARCHIVES
 from engine import AMP, DEVICES
 from errors import RunError, UsageError
 from models import DECODERS, ENCODERS
@@ -100,9 +101,15 @@ def _candidates(text: str) -> int | str:
 def add_data_options(parser: Parser) -> None:
     """--data, --data-dir, --size."""
     group = parser.add_argument_group("images")
-    group.add_argument("--data", default="photos", help="`photos` (bundled), or a folder of images")
-    group.add_argument("--data-dir", default="data", help="folder for what is made from the images: the decoded cache")
+    names = ", ".join(ARCHIVES)
+    group.add_argument("--data", default="photos", help=f"`photos` (bundled), a folder of images, or {names}: fetched")
+    add_data_dir(group)
     group.add_argument("--size", type=whole(8, 1024), default=32, help="side of a view, px")
+
+
+def add_data_dir(group: argparse._ArgumentGroup) -> None:
+    """--data-dir."""
+    group.add_argument("--data-dir", default="data", help="folder for data sets by name, and for decoded images")
 
 
 def add_task_options(parser: Parser, candidates: int | str) -> None:
@@ -168,10 +175,10 @@ def add_model_options(parser: Parser) -> argparse._ArgumentGroup:
     return group
 
 
-def add_loop_options(parser: Parser, lr: float | None) -> argparse._ArgumentGroup:
+def add_loop_options(parser: Parser, lr: float | None, lr_help: str = "") -> argparse._ArgumentGroup:
     """--lr, --seed, --device, --amp. Returns their group, for what only one script has."""
     group = parser.add_argument_group("training")
-    group.add_argument("--lr", type=rate, default=lr, help="peak learning rate of AdamW")
+    group.add_argument("--lr", type=rate, default=lr, help=f"peak learning rate of AdamW{lr_help}")
     group.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="fixes all that is random")
     group.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
     group.add_argument(

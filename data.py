@@ -1,14 +1,17 @@
 """Where images come from, their splits and classes, and the loaders.
 
-    list_data("photos" or a folder)        -> Listing: what there is; nothing is decoded yet
+    list_data(name or folder, data_dir)    -> Listing: what there is; nothing is decoded yet
     open_images(listing, size, data_dir)   -> Images: the pixels, from the cache where it is still true
     pretext_split(entries, ...)            -> rows to train on, rows to validate on
     get_dataloaders(images, ...)           -> training loader, validation loader
+
+`python data.py DATA` says what is in a data set; see inspection.py.
 
 Every image is decoded once, ever: its pixels go into a memory-mapped cache of unsigned bytes, and a batch is a gather
 of its rows.
 """
 
+import errno
 import glob
 import hashlib
 import json
@@ -29,7 +32,8 @@ from tqdm import tqdm
 
 import photos
 from augment import generator
-from errors import UsageError
+from download import ARCHIVES, fetch
+from errors import RunError, UsageError
 
 UNLABELLED = -1
 CACHE_VERSION = 2  # another one whenever decoding changes, so that no older cache is believed
@@ -58,6 +62,7 @@ class Listing:
     load: Callable[[str, int], np.ndarray]  # (path, side) -> side side 3 uint8; raises where there is no image
     native: int  # shortest side of a typical image, px
     fingerprint: str  # another one whenever a file changes
+    root: Path | None = None  # the folder of the paths; None for the bundled photographs
 
 
 @dataclass
@@ -84,9 +89,15 @@ class Images:
         return "\n".join(lines)
 
 
-def list_data(data: str) -> Listing:
-    """`photos`, or a folder -> Listing. Raises UsageError where there is nothing to list."""
-    listing = _list_photos() if data == "photos" else _list_folder(Path(data))
+def list_data(data: str, data_dir: str | Path = "data") -> Listing:
+    """`photos`, the name of a data set (see download.py), which is fetched into `data_dir`, or a folder -> Listing.
+
+    Raises UsageError where there is nothing to list, RunError where a data set cannot be had.
+    """
+    if data == "photos":
+        listing = _list_photos()
+    else:
+        listing = _list_folder(fetch(data, data_dir) if data in ARCHIVES else Path(data))
     _require_every_split(listing)
     return listing
 
@@ -160,6 +171,7 @@ def _list_folder(root: Path) -> Listing:
         load=lambda path, side: decode(root / path, side),
         native=_typical_side([root / entry.path for entry in entries]),
         fingerprint=_hash(str(root.resolve()), stamps),
+        root=root,
     )
 
 
@@ -272,10 +284,9 @@ def _build_cache(listing: Listing, side: int, file: Path, block: int = 1024) -> 
             left.unlink(missing_ok=True)
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     kept, skipped = [], list(listing.skipped)
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     bar = tqdm(total=len(listing.entries), desc=f"decoding {listing.name}", unit="image", leave=False, disable=None)
     try:
-        with open(part, "wb") as cache, ThreadPoolExecutor(workers) as pool, bar:
+        with open(part, "wb") as cache, ThreadPoolExecutor(workers()) as pool, bar:
             for start in range(0, len(listing.entries), block):
                 entries = listing.entries[start : start + block]
                 for entry, pixels in zip(entries, pool.map(load, entries), strict=True):
@@ -293,9 +304,22 @@ def _build_cache(listing: Listing, side: int, file: Path, block: int = 1024) -> 
             cache.flush()
             os.fsync(cache.fileno())
         os.replace(part, file)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        needed = len(listing.entries) * 3 * side**2 / 1e6
+        raise RunError(
+            f"the disk of --data-dir {file.parent.parent} is full, and the decoded images need {needed:.0f} MB; "
+            "free some, or give another folder"
+        ) from error
     finally:
         part.unlink(missing_ok=True)
     return index
+
+
+def workers() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _hash(*parts) -> str:
@@ -331,7 +355,7 @@ def open_pretext(
     data: str, size: int, data_dir: str | Path, batch_size: int, flag: str = "--batch-size"
 ) -> tuple[Images, list[int], list[int]]:
     """The images of `data`, the rows to train on and those to validate on. Raises UsageError as its parts do."""
-    listing = list_data(data)
+    listing = list_data(data, data_dir)
     pretext_split(listing.entries, batch_size, flag)  # too few to train on is said before anything is decoded
     images = open_images(listing, size, data_dir)
     return images, *pretext_split(listing.entries, batch_size, flag)
@@ -384,3 +408,10 @@ def get_dataloaders(
         DataLoader(train, batch_sampler=order, collate_fn=train.collate, pin_memory=pin_memory),
         DataLoader(val, batch_sampler=[b.tolist() for b in blocks], collate_fn=val.collate, pin_memory=pin_memory),
     )
+
+
+if __name__ == "__main__":
+    import cli
+    import inspection
+
+    cli.run(inspection.main)

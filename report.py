@@ -1,6 +1,7 @@
 """What a run leaves to look at: TensorBoard, history.csv, pictures."""
 
 import csv
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from augment import to_pixels
 
 VIEW = 96  # px, side of a view in a picture
 GAP = 8
+LINE = 24  # characters of a caption, at most
 CAPTION = 46  # px below a view: two bars with their numbers
 INK, PAPER, TRUE, PREDICTED = (30, 30, 30), (255, 255, 255), (120, 120, 120), (31, 119, 180)
 
@@ -58,32 +60,36 @@ class Log:
             self.file.close()
 
 
-def draw_mixtures(question, predicted: torch.Tensor, rows: int = 8) -> Image.Image:
+def draw_mixtures(question, predicted: torch.Tensor | None = None, rows: int = 8) -> Image.Image:
     """The first mixtures of a question, each beside its candidates with their true and predicted weights as bars.
 
     question   see tasks.Question
-    predicted  B n  the weights that the network answered
+    predicted  B n  the weights that the network answered; None: the question alone
     """
-    rows, n = min(rows, len(predicted)), predicted.shape[1]
+    rows, n = min(rows, len(question.weights)), question.weights.shape[1]
     views = to_pixels(torch.cat([question.mixtures[:rows], question.asked[question.candidates[:rows]].flatten(0, 1)]))
     tiles = [_tile(view) for view in views.cpu().permute(0, 2, 3, 1).numpy()]
-    predicted, weights = predicted[:rows].tolist(), question.weights[:rows].tolist()
+    weights = question.weights[:rows].tolist()
+    answers = None if predicted is None else predicted[:rows].tolist()
     width, height = VIEW + GAP, VIEW + CAPTION
     sheet = Image.new("RGB", (GAP + (n + 1) * width + GAP, GAP + rows * height), PAPER)
     draw = ImageDraw.Draw(sheet)
     for row in range(rows):
         top = GAP + row * height
         sheet.paste(tiles[row], (GAP, top))
-        k = sum(weight > 0 for weight in weights[row])
-        named = sorted(range(n), key=lambda i: -predicted[row][i])[:k]
-        right = all(weights[row][i] > 0 for i in named)
         draw.text((GAP, top + VIEW + 2), "mixture", INK, _font())
-        draw.text((GAP, top + VIEW + 16), "sources found" if right else "WRONG sources", INK, _font(bold=not right))
+        if answers:
+            k = sum(weight > 0 for weight in weights[row])
+            named = sorted(range(n), key=lambda i: -answers[row][i])[:k]
+            right = all(weights[row][i] > 0 for i in named)
+            said = "sources found" if right else "WRONG sources"
+            draw.text((GAP, top + VIEW + 16), said, INK, _font(bold=not right))
         for i in range(n):
             left = GAP + (i + 1) * width + GAP
             sheet.paste(tiles[rows + row * n + i], (left, top))
             _bar(draw, left, top + VIEW + 3, "true", weights[row][i], TRUE)
-            _bar(draw, left, top + VIEW + 19, "said", predicted[row][i], PREDICTED)
+            if answers:
+                _bar(draw, left, top + VIEW + 19, "said", answers[row][i], PREDICTED)
     return sheet
 
 
@@ -119,20 +125,21 @@ def draw_confusion(said: torch.Tensor, labels: torch.Tensor, classes: list[str])
     return sheet
 
 
-def draw_mistakes(
-    images: np.ndarray, said: list[str], labels: list[str], confidence: list[float], columns: int = 6
-) -> Image.Image:
-    """A contact sheet: images M 3 H W uint8, each with the class it was taken for, how surely, and its own."""
-    height = VIEW + 46
-    width = max(VIEW, *(round(_font().getlength(name[:16])) for name in said + labels)) + 40 if said else VIEW
-    lines = max(1, -(-len(said) // columns))
-    sheet = Image.new("RGB", (GAP + columns * (width + GAP), GAP + lines * height), PAPER)
+def draw_sheet(images: np.ndarray, captions: list[tuple[str, str] | None], columns: int = 6) -> Image.Image:
+    """A contact sheet: images M 3 H W uint8, each above two lines of text, the second one bold; None: a gap."""
+    fits = max((_font(bold=True).getlength(line[:LINE]) for pair in captions if pair for line in pair), default=0)
+    width, height = max(VIEW, math.ceil(fits)) + GAP, VIEW + 46
+    lines = max(1, -(-len(captions) // columns))
+    sheet = Image.new("RGB", (GAP + columns * width, GAP + lines * height), PAPER)
     draw = ImageDraw.Draw(sheet)
-    for i, (name, label, sure) in enumerate(zip(said, labels, confidence, strict=True)):
-        left, top = GAP + i % columns * (width + GAP), GAP + i // columns * height
+    for i, pair in enumerate(captions):
+        if pair is None:
+            continue
+        first, second = pair
+        left, top = GAP + i % columns * width, GAP + i // columns * height
         sheet.paste(_tile(images[i].transpose(1, 2, 0)), (left, top))
-        draw.text((left, top + VIEW + 2), f"said {name[:16]} {100 * sure:.0f} %", INK, _font())
-        draw.text((left, top + VIEW + 17), f"is {label[:16]}", INK, _font(bold=True))
+        draw.text((left, top + VIEW + 2), first[:LINE], INK, _font())
+        draw.text((left, top + VIEW + 17), second[:LINE], INK, _font(bold=True))
     return sheet
 
 

@@ -26,9 +26,9 @@ from data import list_data, open_images
 from engine import choose_amp, choose_device, device_name
 from errors import UsageError
 from models import build_encoder
-from report import Log, draw_confusion, draw_mistakes
+from report import Log, draw_confusion, draw_sheet
 
-RATES = {"finetune": 2e-3, "linear": 1e-3, "knn": None}
+RATES = {"finetune": 2e-3, "linear": 1e-3}
 COLUMNS = {
     "accuracy": "all {classes} classes",
     "accuracy_val_classes": "the {held} of val/",
@@ -44,10 +44,11 @@ def parse() -> argparse.Namespace:
     )
     group = parser.add_argument_group("images")
     group.add_argument("--data", help="as in train_pretext.py (default: what the first START was pretrained on)")
-    group.add_argument("--data-dir", default="data", help="folder for what is made from the images: the decoded cache")
+    cli.add_data_dir(group)
     group.add_argument("--encoder", help="of `scratch` (default: that of the first START, else conv)")
     group.add_argument("--size", type=cli.whole(8, 1024), help="side of a view, px (default: that of the first START)")
-    group = cli.add_loop_options(parser, lr=None)
+    rates = ", ".join(f"{mode} {rate:g}" for mode, rate in RATES.items())
+    group = cli.add_loop_options(parser, lr=None, lr_help=f" (default: {rates})")
     group.add_argument("--mode", choices=transfer.MODES, default="finetune", help="what is trained")
     group.add_argument("--epochs", type=cli.whole(1), default=5, help="passes over the labelled images")
     group.add_argument("--runs", type=cli.whole(1), default=1, help="repetitions, with seeds --seed, --seed + 1, …")
@@ -58,7 +59,7 @@ def parse() -> argparse.Namespace:
     group.add_argument("--freeze", type=cli.whole(0), default=0, help="finetune: first epochs with a frozen encoder")
     cli.add_run_options(parser)
     args = parser.parse_args()
-    args.lr = args.lr or RATES[args.mode]
+    args.lr = args.lr or RATES.get(args.mode)
     if args.freeze >= args.epochs:
         raise UsageError(f"--freeze {args.freeze} leaves none of the {args.epochs} --epochs for the encoder")
     return args
@@ -104,7 +105,7 @@ def open_starts(args: argparse.Namespace) -> list[transfer.Start]:
 
 def open_labelled(args: argparse.Namespace) -> transfer.Labelled:
     """The labelled images. Raises UsageError where there are none."""
-    listing = list_data(args.data)
+    listing = list_data(args.data, args.data_dir)
     if not listing.classes:
         raise UsageError(
             f"--data {args.data} has no labels; transfer needs train/CLASS/ and val/CLASS/ in it, or `--data photos`"
@@ -148,8 +149,10 @@ def _mistakes(answer: transfer.Answer, labels: torch.Tensor, data: transfer.Labe
     wrong = wrong[answer.confidence[wrong].argsort(descending=True)][:most]
     classes = data.images.listing.classes
     pixels = data.images.pixels[[data.val[i] for i in wrong]]
-    said, true = ([classes[c] for c in which[wrong]] for which in (answer.all_classes, labels))
-    return draw_mistakes(pixels, said, true, answer.confidence[wrong].tolist())
+    captions = [
+        (f"said {classes[answer.all_classes[i]]} {answer.confidence[i]:.0%}", f"is {classes[labels[i]]}") for i in wrong
+    ]
+    return draw_sheet(pixels, captions)
 
 
 def print_summary(args: argparse.Namespace, summary: dict, data: transfer.Labelled, folder: Path) -> None:

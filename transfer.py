@@ -126,7 +126,7 @@ class Recipe:
     amp: bool  # compute in bf16
     epochs: int
     batch_size: int
-    lr: float  # of the head
+    lr: float | None  # of the head; None for knn
     encoder_rate: float  # finetune: the encoder's learning rate as a share of the head's
     freeze: int  # finetune: first epochs in which the encoder stays as it is
 

@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 HALVES = {"choose": 0, "report": 1}  # the parity of the MD5 of a file's name
-MODES = {"linear": "", "knn": "", "finetune": "--epochs 15 --runs 2"}
+MODES = {"linear": "", "knn": "", "finetune": "--epochs 5 --runs 2"}
 WAYS = ("accuracy", "accuracy_val_classes", "accuracy_uncorrected")
 
 BATCH = "train_pretext.py --decoder cosine --candidates batch"
@@ -37,6 +37,19 @@ RECIPES = {  # name: (encodes an image, command; None: from scratch)
     "cosine-batch": (2, BATCH),
     "symmetric": (2, f"{BATCH} --symmetric"),
     "pure-50": (2, f"{BATCH} --symmetric --pure 0.5"),
+    "hidden": (2, f"{BATCH} --symmetric --hidden 512"),
+    "hidden-pure-50": (2, f"{BATCH} --symmetric --hidden 512 --pure 0.5"),
+    "contrast": (3, f"{BATCH} --symmetric --contrast"),
+    "regions": (2, f"{BATCH} --symmetric --regions 0.5"),
+    "crop-15": (2, f"UNMIX_CROP=0.15 {BATCH} --symmetric"),
+    "crop-50": (2, f"UNMIX_CROP=0.5 {BATCH} --symmetric"),
+    "t-0.2": (2, f"UNMIX_T=0.2 {BATCH} --symmetric"),
+    "t-0.1": (2, f"UNMIX_T=0.1 {BATCH} --symmetric"),
+    "beta-0.4": (2, f"{BATCH} --symmetric --beta 0.4"),
+    "sources-3": (2, f"{BATCH} --symmetric --sources 3"),
+    "batch-128": (2, f"{BATCH} --symmetric --batch-size 128"),
+    "simclr-t0.2": (2, "benchmarks/peers.py simclr --temperature 0.2"),
+    "swav-64": (2, "benchmarks/peers.py swav --prototypes 64"),
     "simclr": (2, "benchmarks/peers.py simclr"),
     "swav": (2, "benchmarks/peers.py swav"),
 }

@@ -1,0 +1,301 @@
+"""Data sets by name: download once, verify, unpack safely; found without network from then on.
+
+    fetch("imagewang-160", data_dir) -> the folder with train/, val/ and unsup/
+
+Nothing half done ever has the final name: an archive is downloaded as `NAME.part`, a folder unpacked as
+`NAME.unpacking`, and both are renamed when they are complete and verified.
+"""
+
+import errno
+import gzip
+import hashlib
+import http.client
+import shutil
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
+
+from tqdm import tqdm
+
+from errors import RunError, UsageError
+
+HEAD = 2**20  # bytes at the start of an archive, whose MD5 fastai publishes
+TIMEOUT = 30  # seconds without a byte
+ATTEMPTS = 5  # in a row that bring nothing new
+PAUSE = 1.0  # seconds before another attempt
+CHUNK = 2**18  # bytes
+GROWTH = 4  # JPEGs do not compress: an archive that unpacks to more than this many times its size is not what it says
+
+
+class Archive(NamedTuple):
+    """What is known of an archive before it is there."""
+
+    url: str
+    size: int  # bytes
+    md5: str  # of the first 2^20 bytes, or of all of them
+    head: bool = True  # whether it is that of the first ones
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self.url.rsplit("/", 1)[1]
+
+
+FASTAI = "https://s3.amazonaws.com/fast-ai-imageclas/"
+ARCHIVES = {
+    "imagewang-160": Archive(f"{FASTAI}imagewang-160.tgz", 191498213, "dab9b1d97b95574ac64122a19bc74ca1"),
+    "imagewang-320": Archive(f"{FASTAI}imagewang-320.tgz", 669826647, "fff8ac034d60e14fcf7789845e625263"),
+    "imagewang": Archive(f"{FASTAI}imagewang.tgz", 2900347689, "2b7776bac0fc95db72ac8a3b091a3e30"),
+    "imagenette2-160": Archive(f"{FASTAI}imagenette2-160.tgz", 99003388, "c475f8f7617a200ba35b9facc48443c3"),
+    "imagewoof2-160": Archive(f"{FASTAI}imagewoof2-160.tgz", 92612825, "3559b194123981a540b87132dbda412f"),
+    "tinywang": Archive(
+        "http://cs231n.stanford.edu/tiny-imagenet-200.zip", 248100043, "90528d7ca1a48142e341f4ef8d21d0de", head=False
+    ),
+}
+
+# fmt: off
+EASY = ("n01443537", "n02988304", "n03796401", "n03854065", "n03837869",
+        "n04507155", "n04146614", "n04398044", "n04285008", "n02802426")
+HARD = ("n02085620", "n02094433", "n02099601", "n02099712", "n02106662",  # dogs
+        "n02113799", "n02123045", "n02123394", "n02124075", "n02125311")  # another, three cats, a cougar
+# fmt: on
+
+
+def fetch(name: str, data_dir: str | Path) -> Path:
+    """The folder of the data set `name`, one of ARCHIVES, in `data_dir`; fetched if it is not there.
+
+    Raises UsageError where `data_dir` cannot be used, RunError where the data set cannot be had.
+    """
+    archive, folder = ARCHIVES[name], Path(data_dir, name)
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--data-dir {data_dir} cannot be used ({error.strerror}); give another folder") from error
+    file = folder.parent / archive.name
+    try:
+        if not file.exists():
+            download(archive, file)
+        verify(archive, file)
+        unpack(name, file, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunError(
+            f"the disk of --data-dir {data_dir} is full, and {name} needs about {3 * archive.size / 1e6:.0f} MB; "
+            "free some, or give another folder"
+        ) from error
+    return folder
+
+
+# -------------------------------------------------------------------------------------------------------- downloading
+
+
+def download(archive: Archive, file: Path) -> None:
+    """Download into `file`, going on where an earlier attempt stopped, if the server can; else from the start.
+
+    Raises RunError where it cannot be had; what has arrived stays, for the next time.
+    """
+    part = file.with_name(f"{file.name}.part")
+    failures = 0
+    with tqdm(total=archive.size, desc=file.name, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
+        while (have := part.stat().st_size if part.exists() else 0) != archive.size:
+            if have > archive.size:
+                part.unlink()
+                raise RunError(
+                    f"{archive.url} is longer than {archive.size} bytes, so it is another file; {_by_hand(file)}"
+                )
+            try:
+                why = _receive(archive, part, have, bar)
+            except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+                why = _reason(error)
+                if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429:
+                    failures = ATTEMPTS
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    part.unlink(missing_ok=True)
+                raise
+            now = part.stat().st_size if part.exists() else 0
+            failures = 0 if now > have else failures + 1
+            if failures >= ATTEMPTS:
+                kept = f"; {now / 1e6:.0f} MB are kept, and the next time goes on from there" if now else ""
+                raise RunError(
+                    f"{archive.url} cannot be downloaded ({why}){kept}; {_by_hand(file)}, "
+                    "or use the bundled images with `--data photos`"
+                )
+            if now < archive.size and failures:
+                time.sleep(PAUSE)
+    part.replace(file)
+
+
+def _receive(archive: Archive, part: Path, have: int, bar: tqdm) -> str:
+    """One connection's worth of bytes, appended to `part`. Returns why it ended."""
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    request = urllib.request.Request(archive.url, headers={"User-Agent": "unmix", **headers})
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+        goes_on = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        if have and not goes_on:  # the server starts again
+            have = 0
+        bar.n = have
+        bar.refresh()
+        with open(part, "ab" if have else "wb") as stream:
+            while have <= archive.size and (data := answer.read(CHUNK)):
+                stream.write(data)
+                have += len(data)
+                bar.update(len(data))
+    return f"the connection ended after {have} of {archive.size} bytes"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, urllib.error.HTTPError):
+        return f"the server says {error.code} {error.reason}"
+    return str(getattr(error, "reason", None) or error or type(error).__name__)
+
+
+def _by_hand(file: Path) -> str:
+    return f"download it yourself and put it at {file}"
+
+
+def verify(archive: Archive, file: Path) -> None:
+    """Size and MD5. Raises RunError where they are not what is published; the file stays."""
+    size = file.stat().st_size
+    if size != archive.size:
+        raise RunError(
+            f"{file} has {size} bytes and {archive.name} should have {archive.size}; remove it and run again"
+        )
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(file, "rb") as stream:
+        for chunk in [stream.read(HEAD)] if archive.head else iter(lambda: stream.read(HEAD), b""):
+            digest.update(chunk)
+    if digest.hexdigest() != archive.md5:
+        raise RunError(
+            f"{file} is not what its publisher made: the MD5 is {digest.hexdigest()} and should be {archive.md5}; "
+            "remove it and run again"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- unpacking
+
+
+def unpack(name: str, file: Path, folder: Path) -> None:
+    """Unpack the archive `file` beside `folder`, then rename. Raises RunError where it is not what it should be."""
+    beside = folder.with_name(f"{folder.name}.unpacking")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        _write(read_tiny_imagenet(file) if name == "tinywang" else read_tar(name, file), file, beside)
+        if not all((beside / split).is_dir() for split in ("train", "val")):
+            raise RunError(f"{file} has no {name}/train and {name}/val, so it is no such data set; remove it")
+        beside.rename(folder)
+    except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise RunError(f"{file} is damaged ({error}); remove it and run again") from error
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        path = Path(error.filename).relative_to(beside)
+        raise RunError(f"{file} is refused: it holds {str(path)!r} twice; remove it") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write(members: Iterator[tuple[PurePosixPath, BinaryIO]], file: Path, folder: Path) -> None:
+    """Write (path, stream) below `folder`, if they stay below it."""
+    bar = tqdm(desc=f"unpacking {file.name}", unit="file", leave=False, disable=None)
+    with bar:
+        for path, stream in members:
+            if path.is_absolute() or ".." in path.parts or "\\" in str(path):
+                raise RunError(
+                    f"{file} is refused: it holds {str(path)!r}, which points outside of its folder; remove it"
+                )
+            target = folder.joinpath(*path.parts)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(target, "xb") as out:
+                shutil.copyfileobj(stream, out, CHUNK)
+            bar.update()
+
+
+class _Limited:
+    """A stream that refuses to be read for more than so many bytes."""
+
+    def __init__(self, stream: BinaryIO, file: Path):
+        self.stream, self.file, self.left = stream, file, GROWTH * file.stat().st_size + 2**20
+
+    def read(self, size: int) -> bytes:
+        data = self.stream.read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            raise _bomb(self.file)
+        return data
+
+
+def _bomb(file: Path) -> RunError:
+    return RunError(f"{file} is refused: it unpacks to over {GROWTH} times its size, which images do not; remove it")
+
+
+def read_tar(name: str, file: Path) -> Iterator[tuple[PurePosixPath, BinaryIO]]:
+    """The files of a .tgz below its folder `name`, as (path below that folder, stream); checks gzip's checksum.
+
+    Raises RunError at a link, a device or anything else that is neither file nor folder, and at a bomb.
+    """
+    with gzip.open(file) as unzipped:
+        limited = _Limited(unzipped, file)
+        with tarfile.open(fileobj=limited, mode="r|") as tar:
+            for member in tar:
+                if member.isdir():
+                    continue
+                if not member.isreg() or member.issparse():
+                    raise RunError(f"{file} is refused: {member.name!r} in it is a link or device, no file; remove it")
+                path = PurePosixPath(member.name)
+                if path.parts[:1] == (name,):
+                    path = PurePosixPath(*path.parts[1:])
+                yield path, tar.extractfile(member)
+        while limited.read(CHUNK):  # to the end, where the checksum is
+            pass
+
+
+def read_tiny_imagenet(file: Path) -> Iterator[tuple[PurePosixPath, BinaryIO]]:
+    """tinywang, Image网's protocol on 20 classes of Tiny ImageNet, from tiny-imagenet-200.zip, as (path, stream).
+
+    A class's images of `train` and `val` are taken together (500 + 50) and sorted by the MD5 of the file's name, as
+    hex. Those of the ten EASY classes go to train/CLASS/. Of the ten HARD ones the first tenth (55) goes to
+    train/CLASS/, the next three tenths (165) to val/CLASS/, the rest (330) to unsup/.
+    """
+    with zipfile.ZipFile(file) as archive:
+        chosen = []  # (path, member)
+        for name, members in _tiny_imagenet_classes(archive, file).items():
+            ranked = sorted(members, key=lambda image: hashlib.md5(image.encode(), usedforsecurity=False).hexdigest())
+            train, val = round(0.1 * len(ranked)), round(0.4 * len(ranked))
+            for rank, image in enumerate(ranked):
+                split = "train" if name in EASY or rank < train else "val" if rank < val else "unsup"
+                path = PurePosixPath(split, image) if split == "unsup" else PurePosixPath(split, name, image)
+                chosen.append((path, members[image]))
+        if sum(member.file_size for _, member in chosen) > GROWTH * file.stat().st_size:
+            raise _bomb(file)
+        for path, member in chosen:
+            with archive.open(member) as stream:
+                yield path, stream
+
+
+def _tiny_imagenet_classes(archive: zipfile.ZipFile, file: Path) -> dict[str, dict[str, zipfile.ZipInfo]]:
+    """{class: {file's name: member}} of the twenty classes."""
+    found = {name: {} for name in EASY + HARD}
+    try:
+        with archive.open("tiny-imagenet-200/val/val_annotations.txt") as lines:
+            val = dict(line.decode().split("\t")[:2] for line in lines)
+    except (KeyError, ValueError) as error:
+        raise RunError(f"{file} has no val/val_annotations.txt as Tiny ImageNet has; remove it") from error
+    for member in archive.infolist():
+        match member.filename.split("/"):
+            case ["tiny-imagenet-200", "train", name, "images", image] if image and name in found:
+                found[name][image] = member
+            case ["tiny-imagenet-200", "val", "images", image] if val.get(image) in found:
+                found[val[image]][image] = member
+    for name, members in found.items():
+        if not members:
+            raise RunError(f"{file} has no image of the class {name}, so it is not Tiny ImageNet; remove it")
+    return found

@@ -1,0 +1,158 @@
+"""What is in a data set, and what the network will see of it.
+
+    python data.py DATA
+
+DATA is a folder of images, the name of a data set, or `photos`. Says for each split and class how many images there
+are, how large, in which modes, their mean colour and its spread; which files cannot be read; which images are in two
+splits. Writes a contact sheet and mixtures as the network sees them, with their weights.
+"""
+
+import hashlib
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import cli
+from augment import generator
+from data import UNLABELLED, Images, list_data, open_images, workers
+from errors import UsageError
+from report import draw_mixtures, draw_sheet
+from tasks import MixupTransform
+
+EACH = 6  # images of each class and split on the contact sheet
+LISTED = 10  # unreadable files and duplicates that are named
+MIXED = 64  # images that the mixtures are made of
+
+
+def main() -> None:
+    """Parse, look, print, draw."""
+    parser = cli.Parser(*__doc__.split("\n\n", 1))
+    parser.add_argument("data", metavar="DATA", help="a folder of images, the name of a data set, or `photos`")
+    cli.add_data_dir(parser)
+    parser.add_argument("--size", type=cli.whole(8, 1024), default=32, help="side of a view, px")
+    parser.add_argument("--seed", type=cli.whole(0, 2**32 - 1), default=0, help="of the mixtures that are drawn")
+    parser.add_argument("--out", help="folder for the pictures (default: runs/data-DATA)")
+    args = parser.parse_args()
+    images = open_images(list_data(args.data, args.data_dir), args.size, args.data_dir)
+    out = Path(args.out or Path("runs", f"data-{images.listing.name}"))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be used ({error.strerror}); give another folder") from error
+    print(images.describe().splitlines()[0] + " in the cache")
+    print(table(images))
+    print(unreadable(images))
+    print(duplicates(images))
+    contact_sheet(images).save(out / "contact.png")
+    print(f"\n{out}/contact.png     {EACH} images of every class and split")
+    if len(images.labels) > 2:
+        mixtures(images, args.size, args.seed).save(out / "mixtures.png")
+        print(f"{out}/mixtures.png    mixtures as the network sees them, and their weights")
+
+
+def groups(images: Images) -> dict[tuple[str, str], list[int]]:
+    """(split, class): its rows; the class of an unlabelled image is "-"."""
+    found = defaultdict(list)
+    for row, (_, split, label) in enumerate(images.listing.entries):
+        found[split, "-" if label == UNLABELLED else images.listing.classes[label]].append(row)
+    order = {"train": 0, "val": 1, "unsup": 2}
+    return dict(sorted(found.items(), key=lambda group: (order[group[0][0]], group[0][1])))
+
+
+def table(images: Images) -> str:
+    """A line for each split and class, and one for each split."""
+    described = _originals(images)
+    lines = [("split", "class", "images", "width x height, px", "modes", "mean colour", "spread")]
+    parts = groups(images)
+    for split in dict.fromkeys(split for split, _ in parts):
+        mine = {name: rows for (s, name), rows in parts.items() if s == split}
+        if len(mine) > 1:
+            mine[f"all {len(mine)}"] = sum(mine.values(), [])
+        for name, rows in mine.items():
+            sizes, modes = zip(*(described[row] for row in rows), strict=True)
+            colour, spread = _colour(images, rows)
+            said = ", ".join(f"{count} {mode}" for mode, count in Counter(modes).most_common())
+            lines.append((split, name, str(len(rows)), _range(sizes), said, _triple(colour), _triple(spread)))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def _originals(images: Images) -> list[tuple[tuple[int, int], str]]:
+    """Size and mode of every image as it is stored."""
+    root, entries = images.listing.root, images.listing.entries
+    if root is None:
+        return [((images.listing.native, images.listing.native), "RGB")] * len(entries)
+
+    def look(entry):
+        with Image.open(root / entry.path) as image:
+            return image.size, image.mode
+
+    with ThreadPoolExecutor(workers()) as pool:
+        return list(pool.map(look, entries))
+
+
+def _range(sizes: list[tuple[int, int]]) -> str:
+    """Sizes in a word: "64 x 64", or "240 x 160 to 500 x 375, median 213 x 160" by area."""
+    ranked = sorted(sizes, key=lambda size: size[0] * size[1])
+    small, middle, large = (f"{w} x {h}" for w, h in (ranked[0], ranked[len(ranked) // 2], ranked[-1]))
+    return small if small == large else f"{small} to {large}, median {middle}"
+
+
+def _colour(images: Images, rows: list[int]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of red, green and blue over the pixels of these rows, in [0, 255]."""
+    sums = np.zeros((2, 3))
+    for start in range(0, len(rows), 256):
+        pixels = images.pixels[rows[start : start + 256]].astype(np.float64)
+        sums += pixels.sum(axis=(0, 2, 3)), np.square(pixels).sum(axis=(0, 2, 3))
+    mean, square = sums / (len(rows) * images.pixels[0, 0].size)
+    return mean.tolist(), np.sqrt(np.maximum(square - mean**2, 0)).tolist()
+
+
+def _triple(values: list[float]) -> str:
+    return " ".join(f"{value:3.0f}" for value in values)
+
+
+def unreadable(images: Images) -> str:
+    """The files that were left out, and why."""
+    skipped = images.listing.skipped
+    lines = [f"{len(skipped) or 'no'} unreadable or misplaced file{'s' * (len(skipped) != 1)}"]
+    lines += [f"  {path}: {why}" for path, why in skipped[:LISTED]]
+    return "\n".join(lines + [f"  … and {len(skipped) - LISTED} more"] * (len(skipped) > LISTED))
+
+
+def duplicates(images: Images) -> str:
+    """The images that are in more than one split, by the pixels that are trained on; and how many are there twice."""
+    where = defaultdict(list)
+    for row, pixels in enumerate(images.pixels):
+        where[hashlib.sha256(pixels.tobytes()).digest()].append(images.listing.entries[row])
+    same = [entries for entries in where.values() if len(entries) > 1]
+    across = [entries for entries in same if len({entry.split for entry in entries}) > 1]
+    lines = [f"{len(across) or 'no'} image{'s' * (len(across) != 1)} in more than one split"]
+    lines += ["  " + " = ".join(entry.path for entry in entries) for entries in across[:LISTED]]
+    lines += [f"  … and {len(across) - LISTED} more"] * (len(across) > LISTED)
+    within = sum(len(entries) - len({entry.split for entry in entries}) for entries in same)
+    return "\n".join([*lines, f"{within or 'no'} image{'s' * (within != 1)} more than once in a split"])
+
+
+def contact_sheet(images: Images) -> Image.Image:
+    """A few images of every class and split, spread over their paths, a line each."""
+    parts = groups(images)
+    each = EACH if len(parts) > 1 else EACH * 8
+    rows, captions = [], []
+    for (split, name), mine in parts.items():
+        chosen = mine[:: max(1, len(mine) // each)][:each]
+        blank = -len(chosen) % EACH
+        rows += chosen + [chosen[0]] * blank
+        captions += [(split, name)] * len(chosen) + [None] * blank
+    return draw_sheet(images.pixels[rows], captions, columns=EACH)
+
+
+def mixtures(images: Images, size: int, seed: int) -> Image.Image:
+    """Mixtures of images that pretraining may use, with two of three candidates as their sources."""
+    rows = images.rows("train", "unsup")
+    rows = rows[:: max(1, len(rows) // MIXED)][:MIXED]
+    return draw_mixtures(MixupTransform(3, size=size)(torch.from_numpy(images.pixels[rows]), generator(seed)))
