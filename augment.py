@@ -26,14 +26,18 @@ HUE = 0.1  # turn of the hue circle, ±
 GREY_SHARE = 0.1  # share of views without colour
 
 
+def seed_of(*key: int) -> int:
+    """A seed that depends on `key` alone, such as (seed, epoch, step)."""
+    words = [len(key), *map(abs, key)]  # with the length, since a SeedSequence cannot tell trailing zeros apart
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
+
+
 def generator(*key: int) -> torch.Generator:
-    """A CPU random generator that depends on `key` alone, such as (seed, epoch, step).
+    """A CPU random generator that depends on `key` alone.
 
     Randomness is always drawn on the CPU, so that every device sees the same numbers.
     """
-    words = [len(key), *map(abs, key)]  # with the length, since a SeedSequence cannot tell trailing zeros apart
-    state = np.random.SeedSequence(words).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state))
+    return torch.Generator().manual_seed(seed_of(*key))
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -2,32 +2,105 @@
 
 import json
 import os
+import pickle
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
+from torch import nn
+
+from errors import UsageError
+
+LAST, BEFORE = "checkpoint.pt", "checkpoint.previous.pt"
 
 
 def save(state: object, file: str | Path) -> None:
     """Write what `torch.load(file, weights_only=True)` reads back; beside, then renamed: never half a file."""
-    _write(file, lambda stream: torch.save(state, stream))
+    write(file, lambda stream: torch.save(state, stream))
 
 
 def save_json(value: object, file: str | Path) -> None:
     """Write `value` as indented JSON, beside, then renamed."""
-    _write(file, lambda stream: stream.write((json.dumps(value, indent=2) + "\n").encode()))
+    write(file, lambda stream: stream.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
 def load(file: str | Path) -> object:
-    """What `save` wrote, on the CPU. Nothing in the file is executed."""
-    return torch.load(file, map_location="cpu", weights_only=True)
+    """What `save` wrote, on the CPU. Nothing in the file is executed.
+
+    Raises UsageError where the file is damaged, by its checksums, or holds anything but tensors and plain values.
+    """
+    try:
+        with zipfile.ZipFile(file) as parts:
+            if damaged := parts.testzip():  # torch's files are zip files, whose parts have checksums
+                raise UsageError(f"{file} is damaged: the checksum of {damaged} in it is wrong")
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, RuntimeError, EOFError, KeyError) as error:
+        raise UsageError(f"{file} is damaged ({' '.join(str(error).split())[:100]})") from error
+    except pickle.UnpicklingError as error:
+        raise UsageError(f"{file} is refused: it holds more than tensors and plain values, such as code") from error
 
 
-def _write(file, write):
+def save_last(state: object, folder: Path) -> None:
+    """Write the folder's last checkpoint, and keep the one before."""
+    part = folder / f"{LAST}.new"
+    save(state, part)
+    if (folder / LAST).exists():
+        os.replace(folder / LAST, folder / BEFORE)
+    os.replace(part, folder / LAST)
+
+
+def load_last(folder: Path, say: Callable[[str], None] = print) -> dict:
+    """The folder's last checkpoint, or the one before where that is damaged, which is said.
+
+    Raises UsageError where there is none that can be used.
+    """
+    there = [folder / name for name in (LAST, BEFORE) if (folder / name).exists()]
+    if not there:
+        raise UsageError(f"{folder} holds no {LAST}, so there is nothing to resume; start the run again")
+    for file in there:
+        try:
+            return load(file)
+        except UsageError as error:
+            why = error
+            say(f"{error}{'; going on from the one before' if file is not there[-1] else ''}")
+    raise UsageError(f"{why}, and there is no other; start the run again") from why
+
+
+def fit(module: nn.Module, state: dict, what: str) -> None:
+    """Load `state` into `module`. Raises UsageError that lists what differs."""
+    own = module.state_dict()
+    lists = {
+        "missing": [name for name in own if name not in state],
+        "unknown": [name for name in state if name not in own],
+        "of another shape": [
+            f"{name} {_shape(state[name])} for {_shape(own[name])}"
+            for name in own
+            if name in state and _shape(state[name]) != _shape(own[name])
+        ],
+    }
+    if any(lists.values()):
+        said = "; ".join(f"{word}: {_shorten(names)}" for word, names in lists.items() if names)
+        raise UsageError(f"{what} is of another network: {said}")
+    module.load_state_dict(state)
+
+
+def _shape(tensor):
+    return "x".join(map(str, tensor.shape)) or "number"
+
+
+def _shorten(names, most=3):
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def write(file: str | Path, fill: Callable[[BinaryIO], None]) -> None:
+    """Fill a file beside, bring it to the disk, then rename: never half a file."""
     file = Path(file)
     part = file.with_name(f"{file.name}.part")
     try:
         with open(part, "wb") as stream:
-            write(stream)
+            fill(stream)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(part, file)

@@ -1,12 +1,16 @@
 """What the command lines share: options, the run's folder, and how a command ends."""
 
 import argparse
+import copy
 import io
 import math
 import platform
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,19 +20,25 @@ import PIL
 import torch
 import torchvision
 
+try:
+    import fcntl
+except ImportError:  # Windows: nothing holds a folder there
+    fcntl = None
+
 import checkpoint
 from download import ARCHIVES
 from engine import AMP, DEVICES
-from errors import RunError, UsageError
+from errors import RunError, Stopped, UsageError
 from models import DECODERS, ENCODERS
 from tasks import ACTIVATIONS, LOSSES, TASKS, LabelTask, MixupTransform, WeightTask, build_task
 
+RESUMABLE = {"epochs", "device", "checkpoint_every"}
 RUN_FILES = (
     "settings.json",
     "history.csv",
     "summary.json",
     "validation.png",
-    "checkpoint.pt",
+    "checkpoint*",
     "encoder.pt",
     "predictions.csv",
     "events.out.tfevents.*",
@@ -45,6 +55,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UsageError(f"{message} (see --help)")
+
+    def given(self) -> set[str]:
+        """The options that are really on the command line."""
+        parser = copy.copy(self)
+        parser._actions = [copy.copy(action) for action in self._actions]
+        parser._defaults = {}
+        for action in parser._actions:
+            action.default = argparse.SUPPRESS
+        return set(vars(parser.parse_args()))
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -187,11 +206,42 @@ def add_loop_options(parser: Parser, lr: float | None, lr_help: str = "") -> arg
     return group
 
 
-def add_run_options(parser: Parser) -> None:
-    """--out, --overwrite."""
+def add_run_options(parser: Parser) -> argparse._ArgumentGroup:
+    """--out, --overwrite. Returns their group."""
     group = parser.add_argument_group("results")
     group.add_argument("--out", help="the run's folder (default: runs/SCRIPT-DATA-ENCODER-TIME)")
     group.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
+    return group
+
+
+def add_resume_options(group: argparse._ArgumentGroup) -> None:
+    """--resume."""
+    group.add_argument("--resume", metavar="FOLDER", help="go on with the run that this folder holds, as it was set")
+
+
+def resume(parser: Parser, args: argparse.Namespace) -> dict | None:
+    """With --resume: load the folder's last checkpoint, and set `args` to what the run was started with.
+
+    Raises UsageError where there is no such run, or where an option would change what it does.
+    """
+    if not args.resume:
+        return None
+    folder = Path(args.resume)
+    if not folder.is_dir():
+        raise UsageError(f"--resume {folder}: no such folder")
+    state = checkpoint.load_last(folder, lambda warning: print(warning, file=sys.stderr))
+    if not isinstance(state, dict) or state.get("script") != Path(sys.argv[0]).stem:
+        raise UsageError(f"--resume {folder} was no run of {Path(sys.argv[0]).name}")
+    given = parser.given() - {"resume"}
+    for name in sorted(given - RESUMABLE):
+        flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in sorted(RESUMABLE & set(vars(args))))
+        raise UsageError(
+            f"--{name.replace('_', '-')} cannot be given with --resume: the run has its settings, and only {flags} "
+            "can change"
+        )
+    vars(args).update({name: value for name, value in state["settings"].items() if name not in given})
+    args.resume, args.out = str(folder), str(folder)
+    return state
 
 
 def choose_folder(args: argparse.Namespace, script: str) -> Path:
@@ -214,10 +264,14 @@ def _run_files(folder: Path) -> list[Path]:
 
 
 def make_folder(folder: Path, args: argparse.Namespace, device: str) -> None:
-    """Make the run's folder, without an older run, and write `settings.json`: command, settings, versions, device."""
+    """Make the run's folder, hold it for this run, and write `settings.json`: command, settings, versions, device.
+
+    An older run in it goes, unless it is resumed. Raises UsageError where another run is writing to it.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for file in _run_files(folder):
+        _hold(folder)
+        for file in _run_files(folder) if not vars(args).get("resume") else []:
             file.unlink()
     except OSError as error:
         raise UsageError(f"--out {folder} cannot be used ({error.strerror}); give another folder") from error
@@ -231,8 +285,63 @@ def make_folder(folder: Path, args: argparse.Namespace, device: str) -> None:
         "revision": _git_revision(),
         "device": device,
     }
-    checkpoint.save_json(settings, folder / "settings.json")
-    return folder
+    name = "settings.json"
+    while (folder / name).exists():  # the first command's stays as it is
+        name = f"settings.resumed-{int(name.split('-')[-1].split('.')[0]) + 1 if '-' in name else 1}.json"
+    checkpoint.save_json(settings, folder / name)
+
+
+_held = []  # open files, for as long as this process lives
+
+
+def _hold(folder: Path) -> None:
+    if fcntl is None:
+        return
+    lock = open(folder / ".lock", "w")  # noqa: SIM115
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise UsageError(f"--out {folder}: another run is writing there; wait for it, or give another folder") from None
+    _held.append(lock)
+
+
+class Interrupts:
+    """While it is entered, Ctrl-C and SIGTERM only set `signal`; a second one ends the process at once."""
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def __enter__(self):
+        self.signal = None
+        self.before = {number: signal.signal(number, self._note) for number in self.signals}
+        return self
+
+    def _note(self, number, frame):
+        self.signal = number
+        signal.signal(number, self.before[number])
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def rescue(state: dict, folder: Path, error: OSError) -> RunError:
+    """Save a state that the run's folder does not take somewhere else, and say where."""
+    for place in (folder.parent, Path.cwd(), Path(tempfile.gettempdir())):
+        try:
+            other = Path(tempfile.mkdtemp(prefix="unmix-rescue-", dir=place))
+        except OSError:
+            continue
+        try:
+            checkpoint.save_last(state, other)
+        except OSError:
+            shutil.rmtree(other, ignore_errors=True)
+            continue
+        return RunError(
+            f"{folder} cannot be written to ({error.strerror or error}); the training state is in {other}: "
+            f"mend what is wrong and go on with --resume {other}"
+        )
+    return RunError(f"{folder} cannot be written to ({error.strerror or error}), nor can the temporary folder")
 
 
 def _git_revision() -> str | None:
@@ -269,6 +378,9 @@ def run(main: Callable[[], int | None]) -> None:
     except (UsageError, RunError) as error:
         print(f"{script}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    except Stopped as stop:
+        print(f"{script}: {stop}", file=sys.stderr)
+        sys.exit(128 + stop.signal)
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""
         print(f"{script}: {name}{error.strerror or error}; the files written before are complete", file=sys.stderr)
@@ -276,3 +388,6 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print(f"{script}: stopped", file=sys.stderr)
         sys.exit(130)
+    finally:
+        while _held:
+            _held.pop().close()

@@ -77,6 +77,15 @@ class Images:
         """The rows of these splits, in the order of their paths."""
         return [row for row, entry in enumerate(self.listing.entries) if entry.split in splits]
 
+    def identity(self) -> dict[str, object]:
+        """What two data sets have in common only if they hold the same images, as far as their names tell."""
+        return {
+            "number of images": len(self.listing.entries),
+            "side": self.pixels.shape[2],
+            "classes": self.listing.classes,
+            "list of images": hashlib.sha256(json.dumps(self.listing.entries).encode()).hexdigest(),
+        }
+
     def describe(self) -> str:
         """What there is, split by split, and what had to be left out, a line each."""
         counts = Counter(entry.split for entry in self.listing.entries)
@@ -379,17 +388,18 @@ class ImageDataset(Dataset):
 
 
 class EpochOrder(Sampler):
-    """Full batches in an order that depends on the seed and on `epoch`, which the loop sets, alone."""
+    """Full batches in an order that depends on the seed and on `epoch` alone; the loop sets `epoch`, and with `first`
+    the batch to begin with."""
 
     def __init__(self, count: int, batch_size: int, seed: int):
-        self.count, self.batch_size, self.seed, self.epoch = count, batch_size, seed, 0
+        self.count, self.batch_size, self.seed, self.epoch, self.first = count, batch_size, seed, 0, 0
 
     def __len__(self):
         return self.count // self.batch_size
 
     def __iter__(self):
         order = torch.randperm(self.count, generator=generator(self.seed, self.epoch)).tolist()
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
+        for start in range(self.first * self.batch_size, len(self) * self.batch_size, self.batch_size):
             yield order[start : start + self.batch_size]
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from augment import generator
+from augment import generator, seed_of
 from errors import RunError, UsageError
 
 WEIGHT_DECAY = 0.05  # AdamW's, on matrices and kernels only
@@ -115,6 +115,15 @@ class Running:
         """The means so far, waiting for them."""
         return dict(zip(self.names, (self.sums / self.count).tolist(), strict=True))
 
+    def state(self) -> dict:
+        """What a checkpoint keeps."""
+        return {"names": self.names, "sums": self.sums, "count": self.count}
+
+    def restore(self, state: dict) -> None:
+        """Go on from what `state` kept."""
+        self.names, self.count = state["names"], state["count"]
+        self.sums = state["sums"].to(self.device) if self.count else 0
+
 
 class Trainer:
     """A model that learns a task.
@@ -144,6 +153,8 @@ class Trainer:
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.task, self.lr, self.steps, self.seed, self.amp = task, lr, steps, seed, amp
         self.taken = 0  # steps
+        self.running = Running(self.device)  # of the epoch that is under way
+        self.broken = torch.full((), -1, device=self.device)  # the first step that was not finite, if any
         self.optimizer = make_optimizer(model, lr, self.device, encoder_rate)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # every batch has the same shape
@@ -158,24 +169,37 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         scores["loss"].backward()
         scores["gradient_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
-        self.optimizer.step()
+        finite = scores["gradient_norm"].isfinite() & scores["loss"].isfinite()
+        self.broken = torch.where((self.broken < 0) & ~finite, step, self.broken)
+        # The fused optimiser reads this on the device: from a broken step on, the weights stay as they are.
+        self.optimizer.found_inf = (self.broken >= 0).float()
+        if self.device.type != "mps" or self.broken < 0:
+            self.optimizer.step()
         return scores
 
-    def train_epoch(self, loader: DataLoader, epoch: int, bar: tqdm) -> dict[str, float]:
-        """One pass over the images, `epoch` from 0. Returns the means over its steps, and the last learning rate.
+    def train_epoch(
+        self, loader: DataLoader, epoch: int, bar: tqdm, after_step: Callable[[], None] | None = None
+    ) -> dict[str, float]:
+        """One pass over the images, `epoch` from 0, or what is left of it. Returns means over its steps and the last
+        learning rate. `after_step()` is called after every step.
 
-        Raises RunError where the loss is no longer finite.
+        Raises RunError where loss or gradient are no longer finite.
         """
         self.model.train()
-        loader.batch_sampler.epoch = epoch
-        running = Running(self.device)
-        for batch, (images, labels) in enumerate(loader):
+        first = self.taken - epoch * len(loader)  # steps of this epoch that are taken
+        if first == 0:
+            self.running = Running(self.device)
+        loader.batch_sampler.epoch, loader.batch_sampler.first = epoch, first
+        for batch, (images, labels) in enumerate(loader, first):
+            torch.manual_seed(seed_of(self.seed, epoch, batch))  # for layers that draw, such as stochastic depth
             question = self.ask(self.task, images, labels, generator(self.seed, epoch, batch))
-            running.add(self.step(question, epoch * len(loader) + batch))
+            self.running.add(self.step(question, epoch * len(loader) + batch))
             if batch % READ_EVERY == READ_EVERY - 1:
-                self._show(bar, self._check(running.peek(), epoch))
+                self._show(bar, self._check(self.running.peek(), loader))
             bar.update(len(images))
-        means = self._check(running.read(), epoch)
+            if after_step:
+                after_step()
+        means = self._check(self.running.read(), loader)
         self._show(bar, means)
         return {**means, "learning_rate": learning_rate(self.taken - 1, self.steps, self.lr)}
 
@@ -213,8 +237,19 @@ class Trainer:
 
     def state(self) -> dict:
         """What a checkpoint keeps: tensors and plain values only."""
-        schedule = {"lr": self.lr, "steps": self.steps, "taken": self.taken}
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "schedule": schedule}
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "running": self.running.state(),
+            "schedule": {"lr": self.lr, "steps": self.steps, "taken": self.taken},
+        }
+
+    def restore(self, state: dict) -> None:
+        """Go on from what `state` kept; the schedule's length is that of this trainer."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.running.restore(state["running"])
+        self.taken = state["schedule"]["taken"]
 
     def logits(self, question) -> torch.Tensor:
         """What the model answers, float32, in the precision that was chosen and the mode that the model is in."""
@@ -224,13 +259,42 @@ class Trainer:
     def _score(self, question, task):
         return task.score(self.logits(question), question)
 
-    def _check(self, means, epoch):
-        if not math.isfinite(means.get("loss", 0.0)):
-            raise RunError(
-                f"the loss is {means['loss']} in epoch {epoch + 1}, so the run stops here; "
-                f"try a lower --lr (it was {self.lr:g}){' or --amp off' if self.amp else ''}"
-            )
-        return means
+    def _check(self, means, loader):
+        if all(math.isfinite(means.get(name, 0.0)) for name in ("loss", "gradient_norm")):
+            return means
+        step = int(self.broken)
+        loader.batch_sampler.epoch, loader.batch_sampler.first = divmod(step, len(loader))
+        images, labels = next(iter(loader))
+        question = self.ask(self.task, images, labels, generator(self.seed, *divmod(step, len(loader))))
+        raise RunError(
+            f"loss or gradient are not finite in step {step % len(loader) + 1} of epoch {step // len(loader) + 1}, at "
+            f"a learning rate of {learning_rate(step, self.steps, self.lr):.3g}: {self.blame(question)}. The run stops "
+            f"before that step; try a lower --lr (it was {self.lr:g}){' or --amp off' if self.amp else ''}"
+        )
+
+    def blame(self, question) -> str:
+        """Where the first number that is not finite comes up when the network learns from this question."""
+        found = []
+
+        def look(name):
+            def hook(module, inputs, output):
+                if isinstance(output, torch.Tensor) and not output.isfinite().all():
+                    found.append(f"the output of {name} is the first that is not")
+
+            return hook
+
+        leaves = [(name, m) for name, m in self.model.named_modules() if not any(True for _ in m.children())]
+        hooks = [module.register_forward_hook(look(name)) for name, module in leaves]
+        try:
+            self.optimizer.zero_grad(set_to_none=True)
+            self._score(question, self.task)["loss"].backward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for name, parameter in reversed(list(self.model.named_parameters())):  # the gradient arrives from behind
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
+                found.append(f"the gradient of {name} is the first that is not")
+        return found[0] if found else "it does not come up again"
 
     @staticmethod
     def _show(bar, means):

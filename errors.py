@@ -1,4 +1,4 @@
-"""The two ways in which a command ends badly, each one line for the person at the keyboard."""
+"""The ways in which a command ends before its end, each one line for the person at the keyboard."""
 
 
 class UsageError(ValueError):
@@ -7,3 +7,11 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """A run that was started and had to stop. Exit status 1."""
+
+
+class Stopped(Exception):
+    """A run that was told to stop, and whose state is saved. Exit status 128 + the signal's number."""
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal

@@ -212,18 +212,6 @@ class Classifier(nn.Module):
     def __init__(self, encoder: nn.Module, classes: int):
         super().__init__()
         self.encoder, self.head = encoder, nn.Linear(encoder.out_features, classes)
-        self.frozen = False
-
-    def freeze(self, frozen: bool) -> None:
-        """Whether to keep the encoder as it is, in eval mode, while the head learns."""
-        self.frozen = frozen
-        self.encoder.requires_grad_(not frozen)
-
-    def train(self, mode: bool = True) -> "Classifier":
-        """As of any module, but a frozen encoder stays in eval mode."""
-        super().train(mode)
-        self.encoder.train(mode and not self.frozen)
-        return self
 
     def forward(self, views):
         return self.head(self.encoder(views))  # B classes

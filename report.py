@@ -22,21 +22,30 @@ class Log:
     """A run's history: one row an epoch in `history.csv`, the same figures as curves in TensorBoard.
 
     Figures are named `train_loss`, `val_loss`, …; in TensorBoard `loss/train` and `loss/val`, so that they group.
+
+    folder   of the run
+    history  the rows of the epochs before, where a run is resumed; later ones that may be there are withdrawn
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.writer = folder, SummaryWriter(folder)
-        self.file = self.rows = None
+    def __init__(self, folder: Path, history: list[dict] | None = None):
+        self.folder, self.history = folder, []
+        self.writer = SummaryWriter(folder, purge_step=None if history is None else len(history) + 1)
+        self.file = None
+        for row in history or []:
+            self._row(row)
 
     def epoch(self, epoch: int, figures: dict[str, float]) -> None:
         """Write one epoch's figures, epochs counted from 1. Every epoch has the same ones."""
-        if self.rows is None:
-            self.file = open(self.folder / "history.csv", "w", newline="", encoding="utf-8")  # noqa: SIM115
-            self.rows = csv.DictWriter(self.file, ["epoch", *figures])
-            self.rows.writeheader()
-        self.rows.writerow({"epoch": epoch, **figures})
-        self.file.flush()
+        self._row({"epoch": epoch, **figures})
         self.scalars(epoch, figures)
+
+    def _row(self, row):
+        if self.file is None:
+            self.file = open(self.folder / "history.csv", "w", newline="", encoding="utf-8")  # noqa: SIM115
+            csv.DictWriter(self.file, row).writeheader()
+        csv.DictWriter(self.file, row).writerow(row)
+        self.file.flush()
+        self.history.append(row)
 
     def scalars(self, epoch: int, figures: dict[str, float]) -> None:
         """Curves only: what stands before the first epoch is epoch 0."""

@@ -3,6 +3,7 @@
     python train_pretext.py --epochs 50                         the bundled photographs
     python train_pretext.py --epochs 50 --data FOLDER           any folder of images
     python train_pretext.py --epochs 50 --no-views              candidates show the very pixels that were mixed
+    python train_pretext.py --resume runs/NAME                  go on with a run that was stopped
     tensorboard --logdir runs                                   watch it
 
 The run's folder gets settings.json, history.csv, summary.json, validation.png, checkpoint.pt, encoder.pt and
@@ -19,8 +20,9 @@ from tqdm import tqdm
 
 import checkpoint
 import cli
-from data import get_dataloaders, open_pretext
+from data import Images, get_dataloaders, open_pretext
 from engine import Trainer, choose_amp, choose_device, device_name
+from errors import Stopped, UsageError
 from models import build_model
 from report import Log, draw_mixtures
 from tasks import Question
@@ -34,8 +36,8 @@ WORDS = {
 FORMATS = {"loss": ".3f", "source_accuracy": ".1%", "weight_mae": ".3f", "accuracy": ".1%"}
 
 
-def parse() -> argparse.Namespace:
-    """The command line -> settings."""
+def parse() -> tuple[argparse.Namespace, dict | None]:
+    """The command line -> settings, and the checkpoint to go on from, if any."""
     parser = cli.Parser(*__doc__.split("\n\n", 1))
     cli.add_data_options(parser)
     cli.add_task_options(parser, candidates=8)
@@ -44,36 +46,46 @@ def parse() -> argparse.Namespace:
     group.add_argument("--epochs", type=cli.whole(1), default=50, help="passes over the images")
     group.add_argument("--batch-size", type=cli.whole(2), default=64, help="images in a step")
     group.add_argument("--compile", action="store_true", help="torch.compile the encoder")
-    cli.add_run_options(parser)
-    return parser.parse_args()
+    group = cli.add_run_options(parser)
+    group.add_argument(
+        "--checkpoint-every", type=cli.whole(0), default=0, help="steps between checkpoints; 0: one an epoch"
+    )
+    cli.add_resume_options(group)
+    args = parser.parse_args()
+    return args, cli.resume(parser, args)
 
 
 def main() -> None:
     """Assemble, train, report."""
-    args = parse()
+    args, saved = parse()
     started = time.perf_counter()
     device = choose_device(args.device)
     amp = choose_amp(args.amp, device)
     task = cli.make_task(args, args.batch_size, "--batch-size")
     torch.manual_seed(args.seed)
-    import models
-
-    models.Projection.hidden = args.hidden
     model = build_model(args.encoder, args.decoder, args.size, task.classes)
-    folder = cli.choose_folder(args, "pretext")
+    folder = Path(args.resume) if args.resume else cli.choose_folder(args, "pretext")
 
     images, train, val = open_pretext(args.data, args.size, args.data_dir, args.batch_size)
     loaders = get_dataloaders(images, train, val, args.batch_size, args.seed, device.type == "cuda")
-    steps = args.epochs * len(loaders[0])
-    trainer = Trainer(model, task, lr=args.lr, steps=steps, seed=args.seed, device=device, amp=amp)
+    trainer = Trainer(
+        model, task, lr=args.lr, steps=args.epochs * len(loaders[0]), seed=args.seed, device=device, amp=amp
+    )
+    progress = Progress(args, trainer, images)
+    if saved:
+        progress.restore(saved)
     if args.compile:
         model.encoder.compile()
     cli.make_folder(folder, args, device_name(device))
     print(images.describe())
     print(f"training on {len(train)} images, validating on {len(val)}; {device_name(device)}{', bf16' if amp else ''}")
-    with contextlib.closing(Log(folder)) as log:
-        log.text("settings", (folder / "settings.json").read_text())
-        results = fit(args, trainer, *loaders, log)
+    with contextlib.closing(Log(folder, progress.history if saved else None)) as log:
+        if not saved:
+            log.text("settings", (folder / "settings.json").read_text())
+        try:
+            results = fit(progress, *loaders, log)
+        except OSError as error:
+            raise cli.rescue(progress.state(), folder, error) from error
     checkpoint.save(model.encoder.state_dict(), folder / "encoder.pt")
     summary = {
         "data": args.data,
@@ -82,7 +94,7 @@ def main() -> None:
         "train_images": len(train),
         "val_images": len(val),
         **results,
-        "seconds": time.perf_counter() - started,
+        "seconds": progress.seconds + time.perf_counter() - started,
         "device": device_name(device),
         "amp": "bf16" if amp else "off",
         "seed": args.seed,
@@ -91,13 +103,47 @@ def main() -> None:
     print_summary(summary, folder)
 
 
-def fit(args: argparse.Namespace, trainer: Trainer, train_loader, val_loader, log: Log) -> dict:
+class Progress:
+    """How far a run has come: all that a checkpoint holds, and nothing else changes from epoch to epoch."""
+
+    def __init__(self, args: argparse.Namespace, trainer: Trainer, images: Images):
+        self.args, self.trainer = args, trainer
+        self.data = images.identity()
+        self.history, self.references = [], {}  # a row an epoch; what the last one is compared with
+        self.training = self.seconds = 0.0  # in training epochs; of earlier commands
+
+    def state(self) -> dict:
+        """For a checkpoint: tensors and plain values."""
+        kept = {name: getattr(self, name) for name in ("data", "history", "references", "training", "seconds")}
+        return {**self.trainer.state(), **kept, "script": "train_pretext", "settings": vars(self.args)}
+
+    def restore(self, state: dict) -> None:
+        """Go on from a checkpoint. Raises UsageError where it is of other data or another network, or complete."""
+        for name, then in state["data"].items():
+            if then != self.data[name]:
+                raise UsageError(
+                    f"--resume {self.args.resume}: the data is another: {name} was {then}, and is {self.data[name]} now"
+                )
+        checkpoint.fit(self.trainer.model, state["model"], f"the checkpoint in {self.args.resume}")
+        self.trainer.restore(state)
+        for name in ("history", "references", "training", "seconds"):
+            setattr(self, name, state[name])
+        if len(self.history) >= self.args.epochs and Path(self.args.resume, "summary.json").exists():
+            raise UsageError(
+                f"--resume {self.args.resume}: the run has all of its {self.args.epochs} epochs; --epochs gives more"
+            )
+
+
+def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
     """Every epoch: train, validate, log, save. Returns the last validation figures, references and speed."""
+    args, trainer = progress.args, progress.trainer
     task, exam = trainer.task, trainer.task.validation()
-    trainer.settle(train_loader)
-    references = {name: trainer.evaluate(val_loader, exam, score) for name, score in exam.baselines().items()}
-    references["untrained"] = trainer.evaluate(val_loader, exam)
-    log.scalars(0, {f"val_{name}": value for name, value in references["untrained"].items()})
+    if not progress.references:
+        trainer.settle(train_loader)
+        progress.references = {n: trainer.evaluate(val_loader, exam, score) for n, score in exam.baselines().items()}
+        progress.references["untrained"] = untrained = trainer.evaluate(val_loader, exam)
+        log.scalars(0, {f"val_{name}": value for name, value in untrained.items()})
+        checkpoint.save_last(progress.state(), log.folder)
     # A run on another question than the fixed one is validated on its own as well.
     own = args.task == "mixup" and (task.candidates, task.sources) != (exam.candidates, exam.sources)
     smallest = min(map(len, val_loader.batch_sampler))
@@ -106,37 +152,50 @@ def fit(args: argparse.Namespace, trainer: Trainer, train_loader, val_loader, lo
         own = False
     shown = next(trainer.questions(val_loader, exam))
 
-    training = 0.0
     seen = len(train_loader) * args.batch_size  # images an epoch
-    with tqdm(total=args.epochs * seen, unit="image", unit_scale=True, disable=None) as bar:
-        for epoch in range(1, args.epochs + 1):
+    done = trainer.taken * args.batch_size
+    bar = tqdm(total=args.epochs * seen, initial=done, unit="image", unit_scale=True, disable=None)
+    with bar, cli.Interrupts() as interrupts:
+
+        def after_step():
+            due = args.checkpoint_every and trainer.taken % args.checkpoint_every == 0
+            if due or interrupts.signal:
+                checkpoint.save_last(progress.state(), log.folder)
+            if interrupts.signal:
+                raise Stopped(
+                    f"stopped after {trainer.taken} of {trainer.steps} steps; "
+                    f"go on with: python train_pretext.py --resume {log.folder}",
+                    interrupts.signal,
+                )
+
+        for epoch in range(len(progress.history) + 1, args.epochs + 1):
             bar.set_description(f"epoch {epoch}/{args.epochs}")
-            clock = time.perf_counter()
-            means = trainer.train_epoch(train_loader, epoch - 1, bar)
+            clock, before = time.perf_counter(), trainer.taken
+            means = trainer.train_epoch(train_loader, epoch - 1, bar, after_step)
             seconds = time.perf_counter() - clock
-            training += seconds
+            progress.training += seconds
             scores = trainer.evaluate(val_loader, exam)
             figures = {f"train_{name}" if name in scores else name: value for name, value in means.items()}
-            figures |= {"images_per_second": seen / seconds}
+            figures |= {"images_per_second": (trainer.taken - before) * args.batch_size / seconds}
             figures |= {f"val_{name}": value for name, value in scores.items()}
             if own:
                 figures |= {f"val_own_{name}": value for name, value in trainer.evaluate(val_loader, task).items()}
             log.epoch(epoch, figures)
+            progress.history = log.history
             if isinstance(shown, Question):
                 picture = draw_mixtures(shown, exam.predict(trainer.answer(shown)))
                 log.picture("validation", picture, epoch)
                 picture.save(log.folder / "validation.png")
-            state = {**trainer.state(), "epoch": epoch, "settings": vars(args)}
-            checkpoint.save(state, log.folder / "checkpoint.pt")
+            checkpoint.save_last(progress.state(), log.folder)
             said = ", ".join(f"{WORDS[name]} {value:{FORMATS[name]}}" for name, value in scores.items())
             tqdm.write(
                 f"epoch {epoch:{len(str(args.epochs))}}/{args.epochs}: training loss {means['loss']:.3f}; "
                 f"validation {said}; {figures['images_per_second']:.0f} images/s"
             )
     return {
-        **{name: value for name, value in figures.items() if name.startswith("val_")},
-        "references": references,
-        "images_per_second": args.epochs * seen / training,
+        **{name: value for name, value in progress.history[-1].items() if name.startswith("val_")},
+        "references": progress.references,
+        "images_per_second": args.epochs * seen / progress.training,
     }
 
 

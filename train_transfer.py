@@ -28,7 +28,7 @@ from errors import UsageError
 from models import build_encoder
 from report import Log, draw_confusion, draw_sheet
 
-RATES = {"finetune": 2e-3, "linear": 1e-3}
+RATES = {"finetune": 2e-3, "linear": transfer.LINEAR_RATE}
 COLUMNS = {
     "accuracy": "all {classes} classes",
     "accuracy_val_classes": "the {held} of val/",
@@ -56,12 +56,12 @@ def parse() -> argparse.Namespace:
     group.add_argument(
         "--encoder-rate", type=cli.share, default=0.5, help="finetune: learning rate of the encoder, as a share of --lr"
     )
-    group.add_argument("--freeze", type=cli.whole(0), default=0, help="finetune: first epochs with a frozen encoder")
+    group.add_argument(
+        "--freeze", type=cli.whole(0), default=5, help="finetune: epochs for the head alone before the others"
+    )
     cli.add_run_options(parser)
     args = parser.parse_args()
     args.lr = args.lr or RATES.get(args.mode)
-    if args.freeze >= args.epochs:
-        raise UsageError(f"--freeze {args.freeze} leaves none of the {args.epochs} --epochs for the encoder")
     return args
 
 

@@ -29,6 +29,7 @@ from tasks import Classify, LabelQuestion
 
 MODES = ("finetune", "linear", "knn")
 NEIGHBOURS = 20
+LINEAR_RATE = 1e-3  # learning rate of a linear head on standardised features
 BLOCK = 256  # images encoded at once
 
 
@@ -128,23 +129,33 @@ class Recipe:
     batch_size: int
     lr: float | None  # of the head; None for knn
     encoder_rate: float  # finetune: the encoder's learning rate as a share of the head's
-    freeze: int  # finetune: first epochs in which the encoder stays as it is
+    freeze: int  # finetune: epochs in which the head learns first, on the features of the encoder as it is
 
 
 def classify(start: Start, data: Labelled, recipe: Recipe, seed: int, report: Callable) -> Answer:
     """One run. `report(epoch, means)` is called after every epoch of training, counted from 1."""
     encoder = start.build(seed)
-    if recipe.mode == "finetune":
-        return _train(Classifier(encoder, len(data.counts)), data, recipe, seed, report)
+    if start.state is None:
+        _settle(encoder, data, recipe)
+    model = Classifier(encoder, len(data.counts))
+    if recipe.mode == "finetune" and not recipe.freeze:
+        return _train(model, data, recipe, seed, report)
     train, val = (_features(encoder, data.images.pixels[rows], recipe) for rows in (data.train, data.val))
     if recipe.mode == "knn":
         return knn(train, data.images.labels[data.train], val, data.counts, data.held)
+
     mean, std = train.mean(dim=0), train.std(dim=0) + 1e-6
     table = torch.empty(len(data.images.labels), train.shape[1])
     table[data.train], table[data.val] = (train - mean) / std, (val - mean) / std
-    head = nn.Linear(train.shape[1], len(data.counts))
-    # Features take the pixels' place.
-    return _train(head, replace(data, images=replace(data.images, pixels=table.numpy())), recipe, seed, report)
+    featured = replace(data, images=replace(data.images, pixels=table.numpy()))  # features take the pixels' place
+    if recipe.mode == "linear":
+        return _train(model.head, featured, recipe, seed, report)
+    first = replace(recipe, epochs=recipe.freeze, lr=LINEAR_RATE)
+    _train(model.head, featured, first, seed, lambda epoch, means: None)
+    with torch.no_grad():  # the head on features as they are
+        model.head.weight /= std.to(recipe.device)
+        model.head.bias -= model.head.weight @ mean.to(recipe.device)
+    return _train(model, data, recipe, seed, report)
 
 
 def knn(
@@ -171,6 +182,16 @@ def _votes(train, labels, queries, classes):
     near = similarity.topk(min(NEIGHBOURS, len(train)), dim=1).indices  # M k
     weight = 1 - 1e-3 * torch.arange(near.shape[1])
     return torch.zeros(len(queries), classes).scatter_add_(1, labels[near], weight.expand(near.shape))
+
+
+@torch.no_grad()
+def _settle(encoder, data, recipe, batches=10):
+    """Let the statistics of batch normalisation meet some images, without which eval mode means nothing."""
+    encoder.to(recipe.device, memory_format=torch.channels_last).train()
+    for batch in range(batches):
+        rows = data.train[batch::batches][:BLOCK]
+        with torch.autocast(recipe.device.type, torch.bfloat16, enabled=recipe.amp):
+            encoder(whole(torch.from_numpy(data.images.pixels[rows]).to(recipe.device), recipe.size))
 
 
 @torch.no_grad()
@@ -205,8 +226,6 @@ def _train(model, data, recipe, seed, report) -> Answer:
     total = recipe.epochs * len(loader) * batch_size
     with tqdm(total=total, unit="image", unit_scale=True, leave=False, disable=None) as bar:
         for epoch in range(recipe.epochs):
-            if on_images:
-                model.freeze(epoch < recipe.freeze)
             report(epoch + 1, trainer.train_epoch(loader, epoch, bar))
     logits = []
     for images, _ in val_loader:

@@ -1,0 +1,276 @@
+"""A run that was stopped goes on as if it never was; what stops it loses nothing."""
+
+import csv
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import checkpoint
+
+QUICK = ("--epochs", 3, "--size", 16, "--batch-size", 256)
+
+
+def weights(folder):
+    return torch.load(Path(folder, "encoder.pt"), weights_only=True)
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def history(folder):
+    return list(csv.DictReader(Path(folder, "history.csv").read_text().splitlines()))
+
+
+def no_step_twice(folder, epochs):
+    rows = history(folder)
+    assert [row["epoch"] for row in rows] == [str(epoch) for epoch in range(1, epochs + 1)]
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
+    for curve in events.Tags()["scalars"]:
+        steps = [event.step for event in events.Scalars(curve) if event.step > 0]
+        assert steps == list(range(1, epochs + 1)), curve
+    assert [event.step for event in events.Images("validation")] == list(range(1, epochs + 1))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache):
+    """A run that was never stopped."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    subprocess.run(command("--out", folder, cache=cache), check=True, capture_output=True)
+    return folder
+
+
+def command(*args, cache=None):
+    words = [sys.executable, ROOT / "train_pretext.py", *(QUICK if cache else ()), *args]
+    return [str(word) for word in [*words, *(("--data-dir", cache) if cache else ())]]
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Make a run in this process behave as if it got a signal after so many steps."""
+    from engine import Trainer
+
+    def arm(steps, number=signal.SIGTERM):
+        step = Trainer.step
+
+        def counted(self, question, at):
+            scores = step(self, question, at)
+            if at + 1 == steps:
+                os.kill(os.getpid(), number)
+            return scores
+
+        monkeypatch.setattr(Trainer, "step", counted)
+        return lambda: monkeypatch.setattr(Trainer, "step", step)
+
+    return arm
+
+
+@pytest.mark.parametrize("steps, number", [(3, signal.SIGTERM), (7, signal.SIGINT), (10, signal.SIGTERM)])
+def test_stopped_and_resumed_is_bit_for_bit_the_same(script, cache, whole, stop_after, steps, number):
+    """In the first epoch (7 steps each), in the last step of an epoch, and in the second."""
+    disarm = stop_after(steps, number)
+    end = script("train_pretext.py", *QUICK, "--data-dir", cache, "--out", "run")
+    disarm()
+    assert end.status == 128 + number and end.err.count("\n") == 1
+    assert f"stopped after {steps} of 21 steps; go on with: python train_pretext.py --resume run" in end.err
+    end = script("train_pretext.py", "--resume", "run")
+    assert end.status == 0, end.err
+    assert same(weights("run"), weights(whole))
+    no_step_twice("run", 3)
+    mine, theirs = (history(folder) for folder in ("run", whole))
+    for row, other in zip(mine, theirs, strict=True):
+        assert {k: v for k, v in row.items() if k != "images_per_second"} == {
+            k: v for k, v in other.items() if k != "images_per_second"
+        }
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(cache, whole, tmp_path):
+    run = subprocess.Popen(
+        command("--out", tmp_path / "run", "--checkpoint-every", 2, cache=cache), stderr=subprocess.DEVNULL
+    )
+    while not (tmp_path / "run" / "checkpoint.previous.pt").exists():
+        assert run.poll() is None
+        time.sleep(0.01)
+    run.kill()
+    run.wait()
+    subprocess.run(command("--resume", tmp_path / "run"), check=True, capture_output=True)
+    assert same(weights(tmp_path / "run"), weights(whole))
+    no_step_twice(tmp_path / "run", 3)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_moments(cache, whole, tmp_path):
+    rng, kills = random.Random(0), 0
+    run = command("--out", tmp_path / "run", "--checkpoint-every", 1, cache=cache)
+    while kills < 20:
+        process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        started = time.perf_counter()
+        while not (tmp_path / "run" / "checkpoint.pt").exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 1.2) if kills else 0.3)
+        wait = time.perf_counter() - started
+        process.kill()
+        message = process.communicate()[1].decode()
+        assert process.returncode == -9, (message, wait)
+        kills += 1
+        run = command("--resume", tmp_path / "run", "--epochs", 60, "--checkpoint-every", 1)
+    checkpoint.load_last(tmp_path / "run")
+
+
+def test_more_epochs_go_on_from_a_complete_run(script, cache):
+    assert script("train_pretext.py", *QUICK, "--data-dir", cache, "--out", "run", "--epochs", 1).status == 0
+    end = script("train_pretext.py", "--resume", "run")
+    assert end.status == 2 and "has all of its 1 epochs" in end.err
+    end = script("train_pretext.py", "--resume", "run", "--epochs", 2)
+    assert end.status == 0, end.err
+    no_step_twice("run", 2)
+    assert Path("run/settings.json").exists() and Path("run/settings.resumed-1.json").exists()
+
+
+@pytest.fixture
+def stopped(script, cache, stop_after):
+    """A folder of a run that was stopped in its second epoch."""
+    disarm = stop_after(9)
+    assert script("train_pretext.py", *QUICK, "--data-dir", cache, "--out", "run").status == 143
+    disarm()
+    return Path("run")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(script, stopped, whole):
+    file = stopped / "checkpoint.pt"
+    with zipfile.ZipFile(file) as parts:
+        largest = max(parts.infolist(), key=lambda part: part.file_size)
+    content = bytearray(file.read_bytes())
+    content[largest.header_offset + 200 + largest.file_size // 2] ^= 1
+    file.write_bytes(content)
+    end = script("train_pretext.py", "--resume", stopped)
+    assert end.status == 0, end.err
+    assert "run/checkpoint.pt is damaged" in end.err and "going on from the one before" in end.err
+    assert same(weights(stopped), weights(whole))
+
+
+def test_nothing_that_can_be_used(script, stopped):
+    for file in stopped.glob("checkpoint*"):
+        file.write_bytes(file.read_bytes()[:5000])
+    end = script("train_pretext.py", "--resume", stopped)
+    assert end.status == 2 and "there is no other" in end.err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--lr", "1e-4"), "--lr cannot be given with --resume"),
+        (("--no-views",), "--views cannot be given"),
+        (("--data", "photos"), "--data cannot be given"),
+        (("--out", "other"), "--out cannot be given"),
+    ],
+)
+def test_what_would_change_the_run_is_refused_by_name(script, stopped, options, message):
+    before = sorted((p.name, p.read_bytes()) for p in stopped.iterdir() if p.name != ".lock")
+    end = script("train_pretext.py", "--resume", stopped, *options)
+    assert end.status == 2 and message in end.err and end.err.count("\n") == 1
+    assert sorted((p.name, p.read_bytes()) for p in stopped.iterdir() if p.name != ".lock") == before
+
+
+def test_other_data(script, folder):
+    options = ("--epochs", 2, "--size", 16, "--batch-size", 8, "--data-dir", "decoded")
+    assert script("train_pretext.py", *options, "--data", folder, "--out", "run", "--epochs", 1).status == 0
+    (folder / "00.png").unlink()
+    end = script("train_pretext.py", "--resume", "run", "--epochs", 2)
+    assert end.status == 2 and "number of images was 40, and is 39 now" in end.err
+
+
+def test_another_network(script, stopped):
+    state = torch.load(stopped / "checkpoint.pt", weights_only=True)
+    state["model"]["encoder.extra"] = state["model"].pop("encoder.convs.0.0.weight")
+    checkpoint.save(state, stopped / "checkpoint.pt")
+    end = script("train_pretext.py", "--resume", stopped)
+    assert end.status == 2 and end.err.count("\n") == 1
+    assert "missing: encoder.convs.0.0.weight; unknown: encoder.extra" in end.err
+
+
+@pytest.mark.parametrize("case, message", [("nowhere", "no such folder"), ("empty", "nothing to resume")])
+def test_nothing_to_resume(script, case, message):
+    Path("empty").mkdir()
+    end = script("train_pretext.py", "--resume", case)
+    assert end.status == 2 and message in end.err
+
+
+def test_code_in_a_checkpoint_is_refused(script, stopped, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        torch.save(Trap(), stopped / name)
+    end = script("train_pretext.py", "--resume", stopped)
+    assert end.status == 2 and "is refused: it holds more than tensors" in end.err
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_two_runs_in_one_folder(cache, tmp_path):
+    first = subprocess.Popen(
+        command("--out", tmp_path / "run", "--epochs", 50, cache=cache), stdout=subprocess.DEVNULL, stderr=-3
+    )
+    try:
+        while not (tmp_path / "run" / "checkpoint.pt").exists():
+            assert first.poll() is None
+            time.sleep(0.01)
+        for other in (("--out", tmp_path / "run", "--overwrite"), ("--resume", tmp_path / "run")):
+            words = command(*other, cache=cache if other[0] == "--out" else None)
+            second = subprocess.run(words, capture_output=True, text=True)
+            assert second.returncode == 2 and "another run is writing there" in second.stderr
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_a_run_folder_that_is_removed(script, cache, whole, monkeypatch):
+    from engine import Trainer
+
+    step = Trainer.step
+
+    def remove(self, question, at):
+        if at == 9:
+            shutil.rmtree("run")
+        return step(self, question, at)
+
+    monkeypatch.setattr(Trainer, "step", remove)
+    end = script("train_pretext.py", *QUICK, "--data-dir", cache, "--out", "run", "--checkpoint-every", 1)
+    monkeypatch.setattr(Trainer, "step", step)
+    assert end.status == 1 and end.err.count("\n") == 1
+    assert "run cannot be written to (No such file or directory); the training state is in" in end.err
+    rescued = end.err.split("--resume ")[1].strip()
+    end = script("train_pretext.py", "--resume", rescued)
+    assert end.status == 0, end.err
+    assert same(weights(rescued), weights(whole))
+
+
+def test_a_cache_that_is_removed_during_the_run(script, cache, whole, tmp_path, monkeypatch):
+    """The open file lives on."""
+    from engine import Trainer
+
+    shutil.copytree(cache, "decoded", copy_function=shutil.copy2)
+    step = Trainer.step
+
+    def remove(self, question, at):
+        if at == 9:
+            shutil.rmtree("decoded")
+        return step(self, question, at)
+
+    monkeypatch.setattr(Trainer, "step", remove)
+    end = script("train_pretext.py", *QUICK, "--data-dir", "decoded", "--out", "run")
+    assert end.status == 0, end.err
+    assert same(weights("run"), weights(whole))
