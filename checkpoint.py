@@ -70,6 +70,8 @@ def load_last(folder: Path, say: Callable[[str], None] = print) -> dict:
 
 def fit(module: nn.Module, state: dict, what: str) -> None:
     """Load `state` into `module`. Raises UsageError that lists what differs."""
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UsageError(f"{what} holds no weights")
     own = module.state_dict()
     lists = {
         "missing": [name for name in own if name not in state],

@@ -37,6 +37,7 @@ from errors import RunError, UsageError
 
 UNLABELLED = -1
 CACHE_VERSION = 2  # another one whenever decoding changes, so that no older cache is believed
+LARGEST_IMAGE = 2**26  # px; a larger one is not decoded, so that no header can fill the memory
 VALIDATION_BLOCK = 256  # images in a validation batch, at most; part of the fixed question, so not an option
 SMALLEST_VALIDATION = 3  # images; a validation mixture has three candidates
 
@@ -222,6 +223,10 @@ def decode(file: Path, side: int) -> np.ndarray:
     says; a transparent one on white; 16-bit and floating-point greys scaled to 8 bits. Raises what Pillow raises.
     """
     with Image.open(file) as image:
+        if image.width * image.height > LARGEST_IMAGE:
+            raise ValueError(
+                f"it claims {image.width} x {image.height} px; at most {LARGEST_IMAGE / 1e6:.0f} million fit"
+            )
         image.draft(None, (side, side))  # large JPEGs are decoded at a reduced scale, never below this
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":

@@ -283,8 +283,8 @@ class Trainer:
 
             return hook
 
-        leaves = [(name, m) for name, m in self.model.named_modules() if not any(True for _ in m.children())]
-        hooks = [module.register_forward_hook(look(name)) for name, module in leaves]
+        parts = [(name, module) for name, module in self.model.named_modules() if name]  # each after its own parts
+        hooks = [module.register_forward_hook(look(name)) for name, module in parts]
         try:
             self.optimizer.zero_grad(set_to_none=True)
             self._score(question, self.task)["loss"].backward()

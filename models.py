@@ -207,11 +207,15 @@ class Unmixer(nn.Module):
 
 
 class Classifier(nn.Module):
-    """A linear head on an encoder: B 3 S S -> logits B classes."""
+    """A linear head on an encoder: B 3 S S -> logits B classes.
+
+    The features are standardised by their statistics first, as for a linear probe (He et al. 2022, appendix A.1).
+    """
 
     def __init__(self, encoder: nn.Module, classes: int):
         super().__init__()
-        self.encoder, self.head = encoder, nn.Linear(encoder.out_features, classes)
+        D = encoder.out_features
+        self.encoder, self.head = encoder, nn.Sequential(nn.BatchNorm1d(D, affine=False), nn.Linear(D, classes))
 
     def forward(self, views):
         return self.head(self.encoder(views))  # B classes

@@ -3,6 +3,7 @@
     python train_transfer.py runs/NAME scratch --epochs 15 --runs 5         fine-tune both, five runs each
     python train_transfer.py runs/NAME scratch --mode linear                the encoder frozen, a linear classifier
     python train_transfer.py runs/NAME scratch --mode knn                   no training at all
+    python train_transfer.py --resume runs/NAME                             do what a stopped command left to do
 
 A START is a pretext run's folder, an encoder.pt, or the word `scratch` (the same network with random weights). Trained
 on every class of train/, validated on val/ at the last epoch. The folder gets settings.json, summary.json,
@@ -13,9 +14,12 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import io
+import itertools
 import statistics
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -24,11 +28,12 @@ import cli
 import transfer
 from data import list_data, open_images
 from engine import choose_amp, choose_device, device_name
-from errors import UsageError
+from errors import Stopped, UsageError
 from models import build_encoder
 from report import Log, draw_confusion, draw_sheet
 
-RATES = {"finetune": 2e-3, "linear": transfer.LINEAR_RATE}
+RATES = {"finetune": 1e-3, "linear": transfer.LINEAR_RATE}
+MISTAKES = 24  # on the contact sheet
 COLUMNS = {
     "accuracy": "all {classes} classes",
     "accuracy_val_classes": "the {held} of val/",
@@ -36,11 +41,11 @@ COLUMNS = {
 }
 
 
-def parse() -> argparse.Namespace:
-    """The command line -> settings."""
+def parse() -> tuple[argparse.Namespace, dict | None]:
+    """The command line -> settings, and the checkpoint to go on from, if any."""
     parser = cli.Parser(*__doc__.split("\n\n", 1))
     parser.add_argument(
-        "starts", nargs="+", metavar="START", help="a pretext run's folder, an encoder.pt, or `scratch`"
+        "starts", nargs="*", metavar="START", help="a pretext run's folder, an encoder.pt, or `scratch`"
     )
     group = parser.add_argument_group("images")
     group.add_argument("--data", help="as in train_pretext.py (default: what the first START was pretrained on)")
@@ -59,20 +64,27 @@ def parse() -> argparse.Namespace:
     group.add_argument(
         "--freeze", type=cli.whole(0), default=5, help="finetune: epochs for the head alone before the others"
     )
-    cli.add_run_options(parser)
+    cli.add_resume_options(cli.add_run_options(parser))
     args = parser.parse_args()
+    saved = cli.resume(parser, args)
+    if not args.starts:
+        raise UsageError("no START is given: name a pretext run's folder, an encoder.pt, or `scratch`")
     args.lr = args.lr or RATES.get(args.mode)
-    return args
+    return args, saved
 
 
 def main() -> None:
     """Assemble, train, report."""
-    args = parse()
+    args, saved = parse()
     device = choose_device(args.device)
     amp = choose_amp(args.amp, device)
     starts = open_starts(args)
-    folder = cli.choose_folder(args, f"transfer-{args.mode}")
+    folder = Path(args.resume) if args.resume else cli.choose_folder(args, f"transfer-{args.mode}")
     data = open_labelled(args)
+    runs = saved["runs"] if saved else []
+    if saved and (saved["data"], saved["epochs"]) != (data.images.identity(), args.epochs):
+        what = "the data is another" if saved["epochs"] == args.epochs else "the runs that are done had other --epochs"
+        raise UsageError(f"--resume {args.resume}: {what}; start a new run")
     cli.make_folder(folder, args, device_name(device))
     print(data.images.describe())
     print(
@@ -81,14 +93,21 @@ def main() -> None:
     )
     names = {field.name for field in dataclasses.fields(transfer.Recipe)}
     recipe = transfer.Recipe(**{k: v for k, v in vars(args).items() if k in names} | {"device": device, "amp": amp})
-    summary = {}
+    for file in folder.glob("events.out.tfevents.*"):
+        file.unlink()  # what is done is shown again
     with contextlib.closing(Log(folder)) as log:
         log.text("settings", (folder / "settings.json").read_text())
-        with open(folder / "predictions.csv", "w", newline="", encoding="utf-8") as file:
-            predictions = csv.writer(file)
-            predictions.writerow(["start", "run", "path", "class", *COLUMNS])
-            for start in starts:
-                summary[start.name] = evaluate(args, start, data, recipe, log, predictions)
+        for done in runs:
+            show(done, data, log)
+        for seed, start in itertools.product(range(args.seed, args.seed + args.runs), starts):
+            if not any((done["start"], done["seed"]) == (start.name, seed) for done in runs):
+                runs.append(run(start, data, recipe, seed, folder))
+                show(runs[-1], data, log)
+                state = {"runs": runs, "data": data.images.identity(), "epochs": args.epochs}
+                checkpoint.save_last({**state, "script": "train_transfer", "settings": vars(args)}, folder)
+    of = {start.name: [done for done in runs if done["start"] == start.name] for start in starts}
+    summary = {name: summarise(args, mine, device) for name, mine in of.items()}
+    checkpoint.write(folder / "predictions.csv", lambda stream: write_predictions(stream, runs, data))
     checkpoint.save_json(summary, folder / "summary.json")
     print_summary(args, summary, data, folder)
 
@@ -114,52 +133,84 @@ def open_labelled(args: argparse.Namespace) -> transfer.Labelled:
     return transfer.Labelled(images, images.rows("train"), images.rows("val"))
 
 
-def evaluate(args, start: transfer.Start, data: transfer.Labelled, recipe, log: Log, predictions) -> dict:
-    """All runs of one start: log, pictures, predictions. Returns its part of the summary."""
-    images, classes = data.images, data.images.listing.classes
-    labels = images.labels[data.val]
-    scores, clock = [], time.perf_counter()
-    for run in range(args.runs):
+def run(start: transfer.Start, data: transfer.Labelled, recipe: transfer.Recipe, seed: int, folder: Path) -> dict:
+    """One run of one start -> what a checkpoint keeps of it. Raises Stopped where it is told to stop."""
+    clock, curve = time.perf_counter(), []
+    with cli.Interrupts() as interrupts:
 
-        def report(epoch, means, run=run):
-            log.scalars(epoch, {f"{start.name}/run {run + 1} {name}": value for name, value in means.items()})
+        def after_step():
+            if interrupts.signal:
+                raise Stopped(
+                    "stopped; the run that was under way will be done again; "
+                    f"go on with: python train_transfer.py --resume {folder}",
+                    interrupts.signal,
+                )
 
-        answer = transfer.classify(start, data, recipe, args.seed + run, report)
-        scores.append(answer.accuracies(labels))
-        for i, row in enumerate(data.val):
-            said = [classes[getattr(answer, way)[i]] for way in ("all_classes", "val_classes", "uncorrected")]
-            predictions.writerow([start.name, run + 1, images.listing.entries[row].path, classes[labels[i]], *said])
-        if run == 0:
-            log.picture(f"confusion/{start.name}", draw_confusion(answer.all_classes, labels, classes), args.epochs)
-            log.picture(f"mistakes/{start.name}", _mistakes(answer, labels, data), args.epochs)
-        print(f"{start.name}, run {run + 1}/{args.runs}: " + ", ".join(f"{k} {v:.1%}" for k, v in scores[-1].items()))
-    seconds = time.perf_counter() - clock
-    summary = {"data": args.data, "mode": args.mode, "epochs": args.epochs, "runs": args.runs}
-    for name in COLUMNS:
-        values = [score[name] for score in scores]
-        summary[f"{name}_mean"] = statistics.mean(values)
-        summary[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
-        summary[name.replace("accuracy", "accuracies")] = values
-    return summary | {"seconds": seconds, "device": device_name(recipe.device)}
+        answer = transfer.classify(start, data, recipe, seed, lambda *epoch: curve.append(epoch), after_step)
+    accuracies = answer.accuracies(data.images.labels[data.val])
+    said = ", ".join(f"{title(name, data)} {value:.1%}" for name, value in accuracies.items())
+    print(f"{start.name}, seed {seed}: {said}")
+    return {
+        "start": start.name,
+        "seed": seed,
+        "seconds": time.perf_counter() - clock,
+        "answer": vars(answer),
+        "curve": curve,
+        "accuracies": accuracies,
+    }
 
 
-def _mistakes(answer: transfer.Answer, labels: torch.Tensor, data: transfer.Labelled, most: int = 24):
-    """The picture of the mistakes that the classifier is most sure of."""
+def title(name: str, data: transfer.Labelled) -> str:
+    """What a figure is called in print."""
+    return COLUMNS[name].format(classes=len(data.counts), held=len(data.held))
+
+
+def show(done: dict, data: transfer.Labelled, log: Log) -> None:
+    """The curves and pictures of a run, in TensorBoard."""
+    for epoch, means in done["curve"]:
+        log.scalars(epoch, {f"{done['start']}/seed {done['seed']} {name}": value for name, value in means.items()})
+    answer, labels = transfer.Answer(**done["answer"]), data.images.labels[data.val]
+    classes, step = data.images.listing.classes, done["seed"]
+    log.picture(f"confusion/{done['start']}", draw_confusion(answer.all_classes, labels, classes), step)
     wrong = (answer.all_classes != labels).nonzero().squeeze(1)
-    wrong = wrong[answer.confidence[wrong].argsort(descending=True)][:most]
-    classes = data.images.listing.classes
-    pixels = data.images.pixels[[data.val[i] for i in wrong]]
+    wrong = wrong[answer.confidence[wrong].argsort(descending=True)][:MISTAKES]
     captions = [
         (f"said {classes[answer.all_classes[i]]} {answer.confidence[i]:.0%}", f"is {classes[labels[i]]}") for i in wrong
     ]
-    return draw_sheet(pixels, captions)
+    pixels = data.images.pixels[[data.val[i] for i in wrong]]
+    log.picture(f"mistakes/{done['start']}", draw_sheet(pixels, captions), step)
+
+
+def summarise(args: argparse.Namespace, runs: list[dict], device: torch.device) -> dict:
+    """The runs of one start, in figures."""
+    summary = {"data": args.data, "mode": args.mode, "epochs": args.epochs, "runs": args.runs}
+    for name in COLUMNS:
+        values = [run["accuracies"][name] for run in runs]
+        summary[f"{name}_mean"] = statistics.mean(values)
+        summary[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
+        summary[name.replace("accuracy", "accuracies")] = values
+    return {**summary, "seconds": sum(run["seconds"] for run in runs), "device": device_name(device)}
+
+
+def write_predictions(stream: BinaryIO, runs: list[dict], data: transfer.Labelled) -> None:
+    """What every validation image was taken for, a line for each run and image."""
+    classes, labels = data.images.listing.classes, data.images.labels[data.val]
+    text = io.TextIOWrapper(stream, encoding="utf-8", newline="", write_through=True)
+    rows = csv.writer(text)
+    rows.writerow(["start", "seed", "path", "class", *COLUMNS])
+    for run in runs:
+        ways = [run["answer"][way].tolist() for way in ("all_classes", "val_classes", "uncorrected")]
+        for row, label, *said in zip(data.val, labels.tolist(), *ways, strict=True):
+            path = data.images.listing.entries[row].path
+            rows.writerow([run["start"], run["seed"], path, classes[label], *(classes[c] for c in said)])
+    text.detach()
 
 
 def print_summary(args: argparse.Namespace, summary: dict, data: transfer.Labelled, folder: Path) -> None:
     """The table, and where to look."""
-    titles = [title.format(classes=len(data.counts), held=len(data.held)) for title in COLUMNS.values()]
+    titles = [title(name, data) for name in COLUMNS]
     width = max(len("START"), *map(len, summary)) + 2
-    print(f"\n{'START':{width}}" + "".join(f"{title:>20}" for title in titles) + f"{'time':>14}")
+    print(f"\n{'START':{width}}" + "".join(f"{words:>20}" for words in titles) + f"{'time':>14}")
     for name, row in summary.items():
         cells = []
         for column in COLUMNS:

@@ -24,7 +24,7 @@ from augment import whole
 from data import Images, get_dataloaders
 from engine import Trainer
 from errors import UsageError
-from models import Classifier, build_encoder
+from models import ENCODERS, Classifier, build_encoder
 from tasks import Classify, LabelQuestion
 
 MODES = ("finetune", "linear", "knn")
@@ -108,12 +108,10 @@ def open_start(word: str) -> Start:
             f"{settings} does not say how {file.name} was trained ({type(error).__name__}: {error}); "
             "keep the two files of a run together"
         ) from error
-    try:
-        start.state = checkpoint.load(file)
-        start.build(0)
-    except Exception as error:  # noqa: BLE001  whatever a damaged file raises is one line for the user
-        why = " ".join(str(error).split())[:300]
-        raise UsageError(f"{file} does not load as the encoder {start.encoder!r} of {settings}: {why}") from error
+    if start.encoder not in ENCODERS:
+        raise UsageError(f"{settings} names the encoder {start.encoder!r}; use one of {', '.join(ENCODERS)}")
+    start.state = checkpoint.load(file)
+    checkpoint.fit(build_encoder(start.encoder), start.state, f"{file}, an encoder {start.encoder!r} by its settings,")
     return start
 
 
@@ -132,30 +130,28 @@ class Recipe:
     freeze: int  # finetune: epochs in which the head learns first, on the features of the encoder as it is
 
 
-def classify(start: Start, data: Labelled, recipe: Recipe, seed: int, report: Callable) -> Answer:
+def classify(
+    start: Start, data: Labelled, recipe: Recipe, seed: int, report: Callable, after_step: Callable | None = None
+) -> Answer:
     """One run. `report(epoch, means)` is called after every epoch of training, counted from 1."""
     encoder = start.build(seed)
     if start.state is None:
         _settle(encoder, data, recipe)
     model = Classifier(encoder, len(data.counts))
     if recipe.mode == "finetune" and not recipe.freeze:
-        return _train(model, data, recipe, seed, report)
+        return _train(model, data, recipe, seed, report, after_step)
     train, val = (_features(encoder, data.images.pixels[rows], recipe) for rows in (data.train, data.val))
     if recipe.mode == "knn":
         return knn(train, data.images.labels[data.train], val, data.counts, data.held)
 
-    mean, std = train.mean(dim=0), train.std(dim=0) + 1e-6
     table = torch.empty(len(data.images.labels), train.shape[1])
-    table[data.train], table[data.val] = (train - mean) / std, (val - mean) / std
+    table[data.train], table[data.val] = train, val
     featured = replace(data, images=replace(data.images, pixels=table.numpy()))  # features take the pixels' place
     if recipe.mode == "linear":
-        return _train(model.head, featured, recipe, seed, report)
+        return _train(model.head, featured, recipe, seed, report, after_step)
     first = replace(recipe, epochs=recipe.freeze, lr=LINEAR_RATE)
-    _train(model.head, featured, first, seed, lambda epoch, means: None)
-    with torch.no_grad():  # the head on features as they are
-        model.head.weight /= std.to(recipe.device)
-        model.head.bias -= model.head.weight @ mean.to(recipe.device)
-    return _train(model, data, recipe, seed, report)
+    _train(model.head, featured, first, seed, lambda epoch, means: None, after_step)
+    return _train(model, data, recipe, seed, report, after_step)
 
 
 def knn(
@@ -188,7 +184,7 @@ def _votes(train, labels, queries, classes):
 def _settle(encoder, data, recipe, batches=10):
     """Let the statistics of batch normalisation meet some images, without which eval mode means nothing."""
     encoder.to(recipe.device, memory_format=torch.channels_last).train()
-    for batch in range(batches):
+    for batch in range(min(batches, len(data.train))):
         rows = data.train[batch::batches][:BLOCK]
         with torch.autocast(recipe.device.type, torch.bfloat16, enabled=recipe.amp):
             encoder(whole(torch.from_numpy(data.images.pixels[rows]).to(recipe.device), recipe.size))
@@ -206,7 +202,7 @@ def _features(encoder, pixels, recipe):
     return torch.cat(found)
 
 
-def _train(model, data, recipe, seed, report) -> Answer:
+def _train(model, data, recipe, seed, report, after_step) -> Answer:
     """A Classifier on images, or a linear head on features, trained on random views or features as they are."""
     on_images = isinstance(model, Classifier)
     task = Classify(data.counts, recipe.size if on_images else None)
@@ -226,7 +222,7 @@ def _train(model, data, recipe, seed, report) -> Answer:
     total = recipe.epochs * len(loader) * batch_size
     with tqdm(total=total, unit="image", unit_scale=True, leave=False, disable=None) as bar:
         for epoch in range(recipe.epochs):
-            report(epoch + 1, trainer.train_epoch(loader, epoch, bar))
+            report(epoch + 1, trainer.train_epoch(loader, epoch, bar, after_step))
     logits = []
     for images, _ in val_loader:
         images = images.to(recipe.device)

@@ -139,7 +139,7 @@ def read_right(file: Path) -> dict:
             parity = int(hashlib.md5(Path(row["path"]).name.encode()).hexdigest(), 16) % 2
             half = next(half for half, remainder in HALVES.items() if remainder == parity)
             for way in WAYS:
-                found[half][way].setdefault(row["run"], []).append(str(int(row[way] == row["class"])))
+                found[half][way].setdefault(row["seed"], []).append(str(int(row[way] == row["class"])))
     return {half: {way: ["".join(r) for r in runs.values()] for way, runs in f.items()} for half, f in found.items()}
 
 

@@ -55,20 +55,20 @@ def test_every_mode_leaves_what_is_promised(transfer, pretrained, mode):
     rows = list(csv.DictReader((folder / "predictions.csv").open()))
     held = {name for _, split, name in photos.list_patches() if split == "val"}
     for start, row in summary.items():
-        for run in (1, 2):
-            mine = [r for r in rows if r["start"] == start and r["run"] == str(run)]
+        for seed in (0, 1):
+            mine = [r for r in rows if r["start"] == start and r["seed"] == str(seed)]
             assert {r["class"] for r in mine} == held and all(r["path"].split("/")[1] == r["class"] for r in mine)
             assert {r["accuracy_val_classes"] for r in mine} <= held
             for name in FIGURES:
                 share = sum(r[name] == r["class"] for r in mine) / len(mine)
-                assert share == pytest.approx(row[name.replace("accuracy", "accuracies")][run - 1])
+                assert share == pytest.approx(row[name.replace("accuracy", "accuracies")][seed])
 
     events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
     for start in summary:
         for picture in ("confusion", "mistakes"):
-            assert len(events.Images(f"{picture}/{start}")) == 1
+            assert [event.step for event in events.Images(f"{picture}/{start}")] == [0, 1]
         if mode != "knn":
-            assert len(events.Scalars(f"{start}/run 2 loss")) == summary[start]["epochs"]
+            assert len(events.Scalars(f"{start}/seed 1 loss")) == summary[start]["epochs"]
     table = end.out.split("\nSTART", 1)[1]
     assert "16 classes" in table and "the 8 of val/" in table and "±" in table
 
@@ -121,10 +121,13 @@ def test_a_torchvision_encoder_loads_without_this_project(script, cache):
         ("nowhere", "nowhere is not there"),
         ("empty", "empty holds no encoder.pt"),
         ("alone", "settings.json does not say"),
-        ("damaged", "does not load as the encoder 'conv'"),
-        ("other", "does not load as the encoder 'resnet18'"),
+        ("damaged", "damaged/encoder.pt is damaged"),
+        (
+            "other",
+            "is of another network: missing: conv1.weight, bn1.weight, bn1.bias and 117 more; unknown: convs.0.0",
+        ),
+        ("nothing", "no START is given"),
         ("unlabelled", "has no labels"),
-        ("freeze", "--freeze 5 leaves none"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing_behind(transfer, pretrained, folder, case, message):
@@ -139,9 +142,41 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(transfer, pretrained, f
     (starts / "other" / "settings.json").write_text(settings.replace("conv", "resnet18"))
     args = {
         "unlabelled": (pretrained, "--data", folder),
-        "freeze": (pretrained, "--freeze", 5),
+        "nothing": (),
     }.get(case, (starts / case,))
     end, out = transfer(*args)
     assert end.status == 2
     assert re.search(re.escape(message), end.err) and end.err.count("\n") == 1, end.err
     assert not out.exists()
+
+
+def test_stopped_and_resumed_is_as_if_never_stopped(transfer, script, pretrained, monkeypatch):
+    import os
+    import signal
+
+    from engine import Trainer
+
+    options = (pretrained, "scratch", "--mode", "linear", "--runs", 2, "--epochs", 2)
+    end, whole = transfer(*options, out="whole")
+    assert end.status == 0, end.err
+    step, steps = Trainer.step, []
+
+    def counted(self, question, at):
+        steps.append(at)
+        if len(steps) == 100:  # 22 an epoch, 44 a run: in the third run
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, question, at)
+
+    monkeypatch.setattr(Trainer, "step", counted)
+    end, folder = transfer(*options, out="stopped")
+    assert end.status == 143 and "train_transfer.py --resume stopped" in end.err and end.err.count("\n") == 1
+    monkeypatch.setattr(Trainer, "step", step)
+    end = script("train_transfer.py", "--resume", "stopped", "--lr", 1)
+    assert end.status == 2 and "--lr cannot be given with --resume" in end.err
+    end = script("train_transfer.py", "--resume", "stopped")
+    assert end.status == 0, end.err
+    assert (folder / "predictions.csv").read_bytes() == (whole / "predictions.csv").read_bytes()
+    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+    for curve in events.Tags()["scalars"]:
+        assert [event.step for event in events.Scalars(curve)] == [1, 2], curve
+    assert [event.step for event in events.Images("mistakes/scratch")] == [0, 1]
