@@ -4,6 +4,7 @@ import argparse
 import copy
 import io
 import math
+import os
 import platform
 import shlex
 import shutil
@@ -26,6 +27,7 @@ except ImportError:  # Windows: nothing holds a folder there
     fcntl = None
 
 import checkpoint
+from distributed import RANK
 from download import ARCHIVES
 from engine import AMP, DEVICES
 from errors import RunError, Stopped, UsageError
@@ -265,9 +267,12 @@ def _run_files(folder: Path) -> list[Path]:
 
 def make_folder(folder: Path, args: argparse.Namespace, device: str) -> None:
     """Make the run's folder, hold it for this run, and write `settings.json`: command, settings, versions, device.
+    Of several ranks, the first does so for all.
 
     An older run in it goes, unless it is resumed. Raises UsageError where another run is writing to it.
     """
+    if RANK:
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _hold(folder)
@@ -369,7 +374,9 @@ def duration(seconds: float) -> str:
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a command and exit: 0, or 2 for wrong use and 1 for a failed run, with one line that says why."""
-    script = Path(sys.argv[0]).name
+    script = Path(sys.argv[0]).name + (f" (rank {RANK})" if RANK else "")
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the first rank speaks for all
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may be no text in the terminal's encoding

@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from augment import generator, seed_of
+from distributed import RANKS
 from errors import RunError, UsageError
 
 WEIGHT_DECAY = 0.05  # AdamW's, on matrices and kernels only
@@ -155,6 +157,11 @@ class Trainer:
         self.taken = 0  # steps
         self.running = Running(self.device)  # of the epoch that is under way
         self.broken = torch.full((), -1, device=self.device)  # the first step that was not finite, if any
+        self.net = self.model  # what learns: the model, on every rank
+        if RANKS > 1:
+            if self.device.type == "cuda":
+                model.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(model.encoder)
+            self.net = DistributedDataParallel(model, [self.device] if self.device.type == "cuda" else None)
         self.optimizer = make_optimizer(model, lr, self.device, encoder_rate)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # every batch has the same shape
@@ -254,7 +261,7 @@ class Trainer:
     def logits(self, question) -> torch.Tensor:
         """What the model answers, float32, in the precision that was chosen and the mode that the model is in."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            return self.model(*question.inputs).float()
+            return (self.net if torch.is_grad_enabled() else self.model)(*question.inputs).float()
 
     def _score(self, question, task):
         return task.score(self.logits(question), question)

@@ -10,6 +10,7 @@ import torch
 import torchvision
 from torch import nn
 
+from distributed import encode
 from errors import UsageError
 
 TORCHVISION = {  # name: what stands for the features once the classifier is gone
@@ -98,7 +99,7 @@ def TorchvisionEncoder(name: str, pretrained: bool = False) -> nn.Module:
 class DotDecoder(nn.Module):
     """The plain dot product of the features. It is what one writes first, and it never learns: see the README."""
 
-    def __init__(self, features: int):
+    def __init__(self, features: int, hidden: int = 0):
         super().__init__()
 
     def forward(self, mixtures, asked, candidates):
@@ -111,13 +112,11 @@ class Projection(nn.Sequential):
     The features are not negative, so without the centring all images point the same way.
     """
 
-    hidden = 0  # width of a hidden layer, if any
-
-    def __init__(self, features: int, projection: int):
+    def __init__(self, features: int, projection: int, hidden: int = 0):
         layers = []
-        if self.hidden:
-            layers = [nn.Linear(features, self.hidden, bias=False), nn.BatchNorm1d(self.hidden), nn.ReLU(inplace=True)]
-            features = self.hidden
+        if hidden:
+            layers = [nn.Linear(features, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
+            features = hidden
         super().__init__(*layers, nn.Linear(features, projection, bias=False), nn.BatchNorm1d(projection, affine=False))
 
     def forward(self, mixtures, asked):
@@ -133,9 +132,9 @@ class CosineDecoder(nn.Module):
     Cosine over a temperature: SimCLR (Chen et al. 2020, section 2.1).
     """
 
-    def __init__(self, features: int, projection: int = 256):
+    def __init__(self, features: int, hidden: int = 0, projection: int = 256):
         super().__init__()
-        self.project = Projection(features, projection)
+        self.project = Projection(features, projection, hidden)
         import os
 
         t = float(os.environ.get("UNMIX_T", 0))
@@ -149,9 +148,9 @@ class CosineDecoder(nn.Module):
 class MLPDecoder(nn.Module):
     """An MLP on each pair of mixture and candidate, which sees the product and the difference of their projections."""
 
-    def __init__(self, features: int, projection: int = 128):
+    def __init__(self, features: int, hidden: int = 0, projection: int = 128):
         super().__init__()
-        self.project = Projection(features, projection)
+        self.project = Projection(features, projection, hidden)
         self.mlp = nn.Sequential(nn.Linear(2 * projection, projection), nn.ReLU(inplace=True), nn.Linear(projection, 1))
 
     def forward(self, mixtures, asked, candidates):
@@ -169,9 +168,9 @@ class RidgeDecoder(nn.Module):
     learns in which space it is right. Large ridge: dot products; none: exact where features are linear in the pixels.
     """
 
-    def __init__(self, features: int, projection: int = 256):
+    def __init__(self, features: int, hidden: int = 0, projection: int = 256):
         super().__init__()
-        self.project = Projection(features, projection)
+        self.project = Projection(features, projection, hidden)
         self.log_ridge = nn.Parameter(torch.tensor(math.log(0.3)))  # relative to the squared length of a projection
         self.log_sharpness = nn.Parameter(torch.tensor(math.log(50.0)))
         self.offset = nn.Parameter(torch.tensor(-1.0))
@@ -202,8 +201,8 @@ class Unmixer(nn.Module):
         self.encoder, self.decoder = encoder, decoder
 
     def forward(self, mixtures, asked, candidates):
-        z = self.encoder(torch.cat([mixtures, asked]))  # B+A D  in one pass
-        return self.decoder(*z.split([len(mixtures), len(asked)]), candidates)  # B n
+        mixtures, asked = encode(self.encoder, mixtures, asked)  # B D, A D  in one pass
+        return self.decoder(mixtures, asked, candidates)  # B n
 
 
 class Classifier(nn.Module):
@@ -218,7 +217,7 @@ class Classifier(nn.Module):
         self.encoder, self.head = encoder, nn.Sequential(nn.BatchNorm1d(D, affine=False), nn.Linear(D, classes))
 
     def forward(self, views):
-        return self.head(self.encoder(views))  # B classes
+        return self.head(*encode(self.encoder, views))  # B classes
 
 
 def build_encoder(name: str, pretrained: bool = False) -> nn.Module:
@@ -226,16 +225,16 @@ def build_encoder(name: str, pretrained: bool = False) -> nn.Module:
     return ConvEncoder() if name == "conv" else TorchvisionEncoder(name, pretrained)
 
 
-def build_decoder(name: str, features: int) -> nn.Module:
-    """The decoder of that name, one of DECODERS, on D = `features`."""
+def build_decoder(name: str, features: int, hidden: int = 0) -> nn.Module:
+    """The decoder of that name, one of DECODERS, on D = `features`; `hidden`: see Projection."""
     decoders = {"ridge": RidgeDecoder, "cosine": CosineDecoder, "mlp": MLPDecoder, "dot": DotDecoder}
     if name not in decoders:
         raise UsageError(f"decoder {name!r} is unknown: use one of {', '.join(decoders)}")
-    return decoders[name](features)
+    return decoders[name](features, hidden)
 
 
 def build_model(
-    encoder: str, decoder: str, size: int, classes: int | None = None, pretrained: bool = False
+    encoder: str, decoder: str, size: int, classes: int | None = None, pretrained: bool = False, hidden: int = 0
 ) -> Unmixer | Classifier:
     """The network for views of `size` px: an Unmixer, or with `classes` a Classifier, which has no decoder.
 
@@ -248,4 +247,4 @@ def build_model(
     except RuntimeError as error:
         raise UsageError(f"--size {size} is too small for the encoder {encoder}; use 32 or more") from error
     net.train()
-    return Classifier(net, classes) if classes else Unmixer(net, build_decoder(decoder, net.out_features))
+    return Classifier(net, classes) if classes else Unmixer(net, build_decoder(decoder, net.out_features, hidden))

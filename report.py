@@ -69,6 +69,22 @@ class Log:
             self.file.close()
 
 
+class Silent(Log):
+    """The log of a rank that leaves the writing to the first one."""
+
+    def __init__(self, folder: Path, history: list[dict] | None = None):
+        self.folder, self.history = folder, list(history or [])
+
+    def epoch(self, epoch: int, figures: dict[str, float]) -> None:
+        """Remember the row."""
+        self.history.append({"epoch": epoch, **figures})
+
+    def scalars(self, epoch, figures): ...
+    def picture(self, tag, picture, epoch): ...
+    def text(self, tag, text): ...
+    def close(self): ...
+
+
 def draw_mixtures(question, predicted: torch.Tensor | None = None, rows: int = 8) -> Image.Image:
     """The first mixtures of a question, each beside its candidates with their true and predicted weights as bars.
 

@@ -12,6 +12,7 @@ TensorBoard's curves.
 
 import argparse
 import contextlib
+import signal
 import time
 from pathlib import Path
 
@@ -20,11 +21,13 @@ from tqdm import tqdm
 
 import checkpoint
 import cli
+import distributed
 from data import Images, get_dataloaders, open_pretext
+from distributed import RANK, RANKS
 from engine import Trainer, choose_amp, choose_device, device_name
 from errors import Stopped, UsageError
 from models import build_model
-from report import Log, draw_mixtures
+from report import Log, Silent, draw_mixtures
 from tasks import Question
 
 WORDS = {
@@ -59,11 +62,15 @@ def main() -> None:
     """Assemble, train, report."""
     args, saved = parse()
     started = time.perf_counter()
-    device = choose_device(args.device)
+    device = distributed.start(choose_device(args.device))
     amp = choose_amp(args.amp, device)
     task = cli.make_task(args, args.batch_size, "--batch-size")
     torch.manual_seed(args.seed)
-    model = build_model(args.encoder, args.decoder, args.size, task.classes)
+    model = build_model(args.encoder, args.decoder, args.size, task.classes, hidden=args.hidden)
+    if args.batch_size % RANKS:
+        raise UsageError(
+            f"--batch-size {args.batch_size} is not a multiple of the {RANKS} processes; change one of them"
+        )
     folder = Path(args.resume) if args.resume else cli.choose_folder(args, "pretext")
 
     images, train, val = open_pretext(args.data, args.size, args.data_dir, args.batch_size)
@@ -79,13 +86,15 @@ def main() -> None:
     cli.make_folder(folder, args, device_name(device))
     print(images.describe())
     print(f"training on {len(train)} images, validating on {len(val)}; {device_name(device)}{', bf16' if amp else ''}")
-    with contextlib.closing(Log(folder, progress.history if saved else None)) as log:
-        if not saved:
+    with contextlib.closing((Silent if RANK else Log)(folder, progress.history if saved else None)) as log:
+        if not saved and not RANK:
             log.text("settings", (folder / "settings.json").read_text())
         try:
             results = fit(progress, *loaders, log)
         except OSError as error:
             raise cli.rescue(progress.state(), folder, error) from error
+    if RANK:
+        return
     checkpoint.save(model.encoder.state_dict(), folder / "encoder.pt")
     summary = {
         "data": args.data,
@@ -117,6 +126,11 @@ class Progress:
         kept = {name: getattr(self, name) for name in ("data", "history", "references", "training", "seconds")}
         return {**self.trainer.state(), **kept, "script": "train_pretext", "settings": vars(self.args)}
 
+    def save(self, folder: Path) -> None:
+        """Write the folder's last checkpoint; the first rank does it for all."""
+        if not RANK:
+            checkpoint.save_last(self.state(), folder)
+
     def restore(self, state: dict) -> None:
         """Go on from a checkpoint. Raises UsageError where it is of other data or another network, or complete."""
         for name, then in state["data"].items():
@@ -143,7 +157,7 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
         progress.references = {n: trainer.evaluate(val_loader, exam, score) for n, score in exam.baselines().items()}
         progress.references["untrained"] = untrained = trainer.evaluate(val_loader, exam)
         log.scalars(0, {f"val_{name}": value for name, value in untrained.items()})
-        checkpoint.save_last(progress.state(), log.folder)
+        progress.save(log.folder)
     # A run on another question than the fixed one is validated on its own as well.
     own = args.task == "mixup" and (task.candidates, task.sources) != (exam.candidates, exam.sources)
     smallest = min(map(len, val_loader.batch_sampler))
@@ -154,18 +168,19 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
 
     seen = len(train_loader) * args.batch_size  # images an epoch
     done = trainer.taken * args.batch_size
-    bar = tqdm(total=args.epochs * seen, initial=done, unit="image", unit_scale=True, disable=None)
+    bar = tqdm(total=args.epochs * seen, initial=done, unit="image", unit_scale=True, disable=RANK > 0 or None)
     with bar, cli.Interrupts() as interrupts:
 
         def after_step():
             due = args.checkpoint_every and trainer.taken % args.checkpoint_every == 0
-            if due or interrupts.signal:
-                checkpoint.save_last(progress.state(), log.folder)
-            if interrupts.signal:
+            stop = distributed.any_rank(interrupts.signal is not None)
+            if due or stop:
+                progress.save(log.folder)
+            if stop:
                 raise Stopped(
                     f"stopped after {trainer.taken} of {trainer.steps} steps; "
                     f"go on with: python train_pretext.py --resume {log.folder}",
-                    interrupts.signal,
+                    interrupts.signal or signal.SIGTERM,
                 )
 
         for epoch in range(len(progress.history) + 1, args.epochs + 1):
@@ -185,8 +200,9 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
             if isinstance(shown, Question):
                 picture = draw_mixtures(shown, exam.predict(trainer.answer(shown)))
                 log.picture("validation", picture, epoch)
-                picture.save(log.folder / "validation.png")
-            checkpoint.save_last(progress.state(), log.folder)
+                if not RANK:
+                    picture.save(log.folder / "validation.png")
+            progress.save(log.folder)
             said = ", ".join(f"{WORDS[name]} {value:{FORMATS[name]}}" for name, value in scores.items())
             tqdm.write(
                 f"epoch {epoch:{len(str(args.epochs))}}/{args.epochs}: training loss {means['loss']:.3f}; "

@@ -1,0 +1,136 @@
+"""Two processes on one machine do what one does."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+WORKER = """
+import json, sys
+import torch
+from torch import nn
+import distributed
+from augment import generator
+from engine import Trainer
+from models import Classifier, Unmixer, build_decoder
+from tasks import build_task
+
+class Encoder(nn.Module):  # without batch normalisation
+    out_features = 24
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 12, 3, 2), nn.ReLU(), nn.Conv2d(12, 24, 3, 2), nn.ReLU())
+    def forward(self, x):
+        return self.net(x).mean(dim=(2, 3))
+
+distributed.start(torch.device("cpu"))
+out, options = sys.argv[1], json.loads(sys.argv[2])
+decoder = options.pop("decoder", "ridge")
+torch.manual_seed(0)
+task = build_task(size=16, **options)
+model = Classifier(Encoder(), 4) if task.classes else Unmixer(Encoder(), build_decoder(decoder, 24))
+trainer = Trainer(model, task, lr=1e-3, steps=10, seed=0)
+images = torch.randint(0, 255, (16, 3, 24, 24), dtype=torch.uint8, generator=generator(1))
+model.train()
+scores = trainer.step(task(images, generator(0, 0, 0)), 0)
+if distributed.RANK == 0:
+    state = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    torch.save({"loss": scores["loss"].detach(), "gradients": state}, out)
+"""
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def launch(ranks, *args, port=None, **options):
+    """Start `ranks` processes as torchrun does."""
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    common |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        subprocess.Popen([sys.executable, *map(str, args)], env={**common, "RANK": str(rank)}, **options)
+        for rank in range(ranks)
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"name": "mixup", "candidates": "batch"},
+        {"name": "mixup", "candidates": "batch", "symmetric": True, "decoder": "cosine"},
+        {"name": "mixup", "candidates": 5, "decoder": "mlp"},
+        {"name": "rotate"},
+    ],
+    ids=lambda o: f"{o['name']}-{o.get('candidates', '')}-{o.get('decoder', '')}",
+)
+def test_two_ranks_compute_the_loss_and_the_gradients_of_one(tmp_path, options):
+    answers = []
+    for ranks in (1, 2):
+        file = tmp_path / f"{ranks}.pt"
+        processes = launch(ranks, "-c", WORKER, file, json.dumps(options), stderr=subprocess.PIPE, text=True)
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+        assert [process.returncode for process in processes] == [0] * ranks, errors
+        answers.append(torch.load(file))
+    one, two = answers
+    assert abs(one["loss"] - two["loss"]) < 1e-5
+    assert one["gradients"].keys() == two["gradients"].keys()
+    for name, gradient in one["gradients"].items():
+        assert torch.allclose(gradient, two["gradients"][name], atol=1e-5), name
+
+
+def torchrun(*args, ranks=2, **options):
+    words = [
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={ranks}",
+        f"--master_port={free_port()}",
+        "--max_restarts=0",
+    ]
+    command = [sys.executable, *words, ROOT / "train_pretext.py", *args]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=240, **options)
+
+
+QUICK = ("--size", 16, "--batch-size", 512, "--amp", "off")
+
+
+def test_as_a_command_and_resumed_with_another_number_of_ranks(cache, tmp_path, script):
+    end = torchrun(*QUICK, "--epochs", 1, "--data-dir", cache, "--out", tmp_path / "run")
+    assert end.returncode == 0, end.stderr
+    assert end.stdout.count("epoch 1/1") == 1
+    names = {file.name.split(".")[0] for file in (tmp_path / "run").iterdir()}
+    assert {"encoder", "summary", "history", "validation"} <= names
+    assert len(list((tmp_path / "run").glob("events*"))) == 1
+    end = script("train_pretext.py", "--resume", tmp_path / "run", "--epochs", 2)
+    assert end.status == 0, end.err
+    assert len(Path(tmp_path, "run", "history.csv").read_text().splitlines()) == 3
+
+
+def test_a_rank_that_dies_ends_the_run_with_its_error(cache, tmp_path, monkeypatch):
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    import torch\n"
+        "    def dead(*args, **options):\n"
+        "        raise RuntimeError('this rank is dead')\n"
+        "    torch.nn.utils.clip_grad_norm_ = dead\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    end = torchrun(*QUICK, "--epochs", 50, "--data-dir", cache, "--out", tmp_path / "run")
+    assert end.returncode != 0 and "this rank is dead" in end.stderr
+
+
+def test_a_batch_that_cannot_be_shared(cache, tmp_path):
+    end = torchrun("--batch-size", 63, "--epochs", 1, "--data-dir", cache, "--out", tmp_path / "run")
+    assert end.returncode != 0 and "--batch-size 63 is not a multiple of the 2 processes" in end.stderr
+    assert not (tmp_path / "run").exists()
