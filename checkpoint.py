@@ -1,5 +1,6 @@
 """Files that are complete or not there, and checkpoints that hold tensors and plain values only."""
 
+import io
 import json
 import os
 import pickle
@@ -18,7 +19,9 @@ LAST, BEFORE = "checkpoint.pt", "checkpoint.previous.pt"
 
 def save(state: object, file: str | Path) -> None:
     """Write what `torch.load(file, weights_only=True)` reads back; beside, then renamed: never half a file."""
-    write(file, lambda stream: torch.save(state, stream))
+    content = io.BytesIO()  # torch.save on a full disk would hide the error
+    torch.save(state, content)
+    write(file, lambda stream: stream.write(content.getbuffer()))
 
 
 def save_json(value: object, file: str | Path) -> None:

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,7 @@ from errors import RunError, UsageError
 UNLABELLED = -1
 CACHE_VERSION = 2  # another one whenever decoding changes, so that no older cache is believed
 LARGEST_IMAGE = 2**26  # px; a larger one is not decoded, so that no header can fill the memory
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # it is named as a file that is left out
 VALIDATION_BLOCK = 256  # images in a validation batch, at most; part of the fixed question, so not an option
 SMALLEST_VALIDATION = 3  # images; a validation mixture has three candidates
 

@@ -1,9 +1,11 @@
+import os
 import pickle
 
 import pytest
 import torch
 
 import checkpoint
+from errors import UsageError
 
 
 def test_what_is_saved_is_loaded_without_executing_anything(tmp_path):
@@ -20,20 +22,32 @@ def test_code_in_a_file_is_not_run(tmp_path):
             return (open, (str(tmp_path / "sprung"), "w"))
 
     torch.save(Trap(), tmp_path / "evil.pt")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(UsageError, match="evil.pt is refused: it holds more than tensors"):
         checkpoint.load(tmp_path / "evil.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(UsageError, match="plain.pt is damaged"):
+        checkpoint.load(tmp_path / "plain.pt")
     assert not (tmp_path / "sprung").exists()
 
 
 def test_a_failing_write_keeps_the_old_file_and_leaves_no_debris(tmp_path, monkeypatch):
     checkpoint.save({"epoch": 1}, tmp_path / "checkpoint.pt")
 
-    def half(state, stream):
-        stream.write(b"half")
+    def full(stream):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(torch, "save", half)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save({"epoch": 2}, tmp_path / "checkpoint.pt")
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
     assert checkpoint.load(tmp_path / "checkpoint.pt") == {"epoch": 1}
+
+
+def test_what_differs_is_listed():
+    state = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 4)).state_dict()
+    state["2.weight"] = state.pop("1.weight")
+    message = "this is of another network: missing: 1.weight; unknown: 2.weight; of another shape: 0.weight 3x2 for 5x2"
+    with pytest.raises(UsageError, match=message):
+        checkpoint.fit(torch.nn.Sequential(torch.nn.Linear(2, 5), torch.nn.Linear(5, 4)), state, "this")
+    with pytest.raises(UsageError, match="this holds no weights"):
+        checkpoint.fit(torch.nn.Linear(2, 5), {"epoch": 1}, "this")
