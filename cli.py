@@ -34,12 +34,15 @@ from errors import RunError, Stopped, UsageError
 from models import DECODERS, ENCODERS
 from tasks import ACTIVATIONS, LOSSES, TASKS, LabelTask, MixupTransform, WeightTask, build_task
 
-RESUMABLE = {"epochs", "device", "checkpoint_every"}
+RESUMABLE = {"epochs", "device", "checkpoint_every", "inspect_every"}
 RUN_FILES = (
     "settings.json",
     "history.csv",
     "summary.json",
-    "validation.png",
+    "report.html",
+    "validation*.png",
+    "[0-9][0-9][0-9][0-9][0-9]",
+    "projector_config.pbtxt",
     "checkpoint*",
     "encoder.pt",
     "predictions.csv",
@@ -277,7 +280,7 @@ def make_folder(folder: Path, args: argparse.Namespace, device: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         _hold(folder)
         for file in _run_files(folder) if not vars(args).get("resume") else []:
-            file.unlink()
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
     except OSError as error:
         raise UsageError(f"--out {folder} cannot be used ({error.strerror}); give another folder") from error
     settings = {

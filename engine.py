@@ -1,22 +1,30 @@
 """The loop: one step, one epoch, one evaluation, whatever is trained; where they run and in what precision."""
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from augment import generator, seed_of
+from augment import generator, seed_of, whole
 from distributed import RANKS
 from errors import RunError, UsageError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 WEIGHT_DECAY = 0.05  # AdamW's, on matrices and kernels only
 WARM_UP = 0.05  # share of the steps in which the learning rate rises
 SCALAR_RATE = 10.0  # times the learning rate, for learned scalars
 CLIP = 1.0  # gradient norm, at most
+BLOCK = 256  # images encoded at once for their features
 READ_EVERY = 20  # steps between two looks at the running figures
 VALIDATION_SEED = 20_20  # the validation question is the same for every run
 DEVICES = ("auto", "cuda", "mps", "cpu")
@@ -127,6 +135,27 @@ class Running:
         self.sums = state["sums"].to(self.device) if self.count else 0
 
 
+@torch.no_grad()
+def features(encoder: nn.Module, pixels: np.ndarray, size: int, device: torch.device, amp: bool) -> torch.Tensor:
+    """Features of whole views, the encoder in eval mode: N 3 H H uint8 -> N D float32, on the CPU."""
+    encoder.to(device, memory_format=torch.channels_last).eval()
+    found = []
+    for start in range(0, len(pixels), BLOCK):
+        images = torch.from_numpy(pixels[start : start + BLOCK]).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            found.append(encoder(whole(images, size)).float().cpu())
+    return torch.cat(found)
+
+
+def memory(device: torch.device) -> float:
+    """The most memory that was in use so far, MB: the GPU's, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    if resource is None:
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
 class Trainer:
     """A model that learns a task.
 
@@ -221,12 +250,22 @@ class Trainer:
         return task(images, rng, labels.to(self.device, non_blocking=True)) if task.takes_labels else task(images, rng)
 
     @torch.no_grad()
-    def evaluate(self, loader: Iterable, task, score: Callable | None = None) -> dict[str, float]:
-        """Means over the images of `loader`, in eval mode: the model's scores, or what `score(question)` returns."""
+    def evaluate(
+        self, loader: Iterable, task, score: Callable | None = None, look: Callable | None = None
+    ) -> dict[str, float]:
+        """Means over the images of `loader`, in eval mode: the model's scores, or what `score(question)` returns.
+        `look(question, logits)` is shown every answer of the model."""
         self.model.eval()
         running = Running(self.device)
         for question in self.questions(loader, task):
-            running.add(score(question) if score else self._score(question, task), len(question.inputs[0]))
+            if score:
+                scores = score(question)
+            else:
+                logits = self.logits(question)
+                scores = task.score(logits, question)
+                if look:
+                    look(question, logits)
+            running.add(scores, len(question.inputs[0]))
         return running.read()
 
     @torch.no_grad()

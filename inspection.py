@@ -20,7 +20,7 @@ import cli
 from augment import generator
 from data import UNLABELLED, Images, list_data, open_images, workers
 from errors import UsageError
-from report import draw_mixtures, draw_sheet
+from pictures import draw_mixtures, draw_sheet
 from tasks import MixupTransform
 
 EACH = 6  # images of each class and split on the contact sheet

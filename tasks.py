@@ -86,7 +86,7 @@ class WeightTask:
     def baselines(self) -> dict[str, Callable[[Question], dict[str, torch.Tensor]]]:
         """The uninformed guess, and least squares on the pixels."""
         return {
-            "chance": lambda q: compare(guess(q), q.weights) | {"source_accuracy": chance(q)},
+            "chance": lambda q: self.score(torch.zeros_like(q.weights), q) | {"source_accuracy": chance(q)},
             "least squares on pixels": lambda q: compare(least_squares(q), q.weights),
         }
 
@@ -255,7 +255,8 @@ class LabelTask:
 
     def baselines(self) -> dict[str, Callable[[LabelQuestion], dict[str, torch.Tensor]]]:
         """Chance."""
-        return {"chance": lambda q: {"accuracy": torch.tensor(1 / self.classes)}}
+        n = self.classes
+        return {"chance": lambda q: {"loss": torch.tensor(math.log(n)), "accuracy": torch.tensor(1 / n)}}
 
     def _labels(self, images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
         return send(torch.randint(self.classes, (len(images),), generator=rng), images.device)
@@ -344,7 +345,12 @@ def sample(dist: Distribution, shape: tuple[int, ...], rng: torch.Generator) -> 
 
 
 def unmixing_loss(logits: torch.Tensor, weights: torch.Tensor, activation: str) -> torch.Tensor:
-    """Cross-entropy of the predicted weights, less the entropy of the true ones: a scalar in nats, 0 when perfect.
+    """Mean of the divergence over the batch: a scalar in nats, 0 when perfect."""
+    return divergence(logits, weights, activation).mean()
+
+
+def divergence(logits: torch.Tensor, weights: torch.Tensor, activation: str) -> torch.Tensor:
+    """Cross-entropy of the predicted weights, less the entropy of the true ones: B, in nats, 0 when perfect.
 
     That is the Kullback-Leibler divergence from the prediction to the truth; with "sigmoid", the sum of those of the
     candidates, each a yes or no.
@@ -355,7 +361,7 @@ def unmixing_loss(logits: torch.Tensor, weights: torch.Tensor, activation: str) 
     else:
         cross = F.binary_cross_entropy_with_logits(logits, weights, reduction="none").sum(dim=1)
         entropy = -(torch.xlogy(weights, weights) + torch.xlogy(1 - weights, 1 - weights)).sum(dim=1)
-    return (cross - entropy).mean()
+    return cross - entropy
 
 
 def compare(predicted: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:

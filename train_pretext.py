@@ -6,12 +6,13 @@
     python train_pretext.py --resume runs/NAME                  go on with a run that was stopped
     tensorboard --logdir runs                                   watch it
 
-The run's folder gets settings.json, history.csv, summary.json, validation.png, checkpoint.pt, encoder.pt and
-TensorBoard's curves.
+The run's folder gets settings.json, history.csv, summary.json, report.html, validation.png, checkpoint.pt, encoder.pt
+and what TensorBoard shows.
 """
 
 import argparse
 import contextlib
+import json
 import signal
 import time
 from pathlib import Path
@@ -22,14 +23,20 @@ from tqdm import tqdm
 import checkpoint
 import cli
 import distributed
+import webpage
 from data import Images, get_dataloaders, open_pretext
 from distributed import RANK, RANKS
-from engine import Trainer, choose_amp, choose_device, device_name
+from engine import Trainer, choose_amp, choose_device, device_name, features, memory
 from errors import Stopped, UsageError
 from models import build_model
-from report import Log, Silent, draw_mixtures
-from tasks import Question
+from pictures import draw_filters, draw_mixtures, draw_neighbours
+from report import Log, Silent
+from tasks import Question, divergence
 
+SPEED = ("learning_rate", "gradient_norm", "images_per_second", "memory_mb")
+PLUMBING = {"out", "overwrite", "resume", "data_dir", "device", "compile", "checkpoint_every", "inspect_every"}
+PROJECTED = 400  # validation images in TensorBoard's projector, at most
+THUMBNAIL = 32  # px
 WORDS = {
     "loss": "loss",
     "source_accuracy": "sources named right",
@@ -52,6 +59,9 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     group = cli.add_run_options(parser)
     group.add_argument(
         "--checkpoint-every", type=cli.whole(0), default=0, help="steps between checkpoints; 0: one an epoch"
+    )
+    group.add_argument(
+        "--inspect-every", type=cli.whole(0), default=10, help="epochs between histograms and neighbours; 0: never"
     )
     cli.add_resume_options(group)
     args = parser.parse_args()
@@ -91,6 +101,10 @@ def main() -> None:
             log.text("settings", (folder / "settings.json").read_text())
         try:
             results = fit(progress, *loaders, log)
+            final = {name: value for name, value in results.items() if name.startswith("val_") and "own" not in name}
+            log.settings(
+                {name: value for name, value in vars(args).items() if name not in PLUMBING}, final, args.epochs
+            )
         except OSError as error:
             raise cli.rescue(progress.state(), folder, error) from error
     if RANK:
@@ -109,6 +123,7 @@ def main() -> None:
         "seed": args.seed,
     }
     checkpoint.save_json(summary, folder / "summary.json")
+    write_page(summary, progress.history, folder)
     print_summary(summary, folder)
 
 
@@ -157,6 +172,7 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
         progress.references = {n: trainer.evaluate(val_loader, exam, score) for n, score in exam.baselines().items()}
         progress.references["untrained"] = untrained = trainer.evaluate(val_loader, exam)
         log.scalars(0, {f"val_{name}": value for name, value in untrained.items()})
+        inspect(trainer, val_loader, log, 0)
         progress.save(log.folder)
     # A run on another question than the fixed one is validated on its own as well.
     own = args.task == "mixup" and (task.candidates, task.sources) != (exam.candidates, exam.sources)
@@ -164,7 +180,21 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
     if own and max(task.sources, 0 if task.candidates == "batch" else task.candidates) > smallest:
         print(f"no val_own figures: {task.candidates} candidates, and {smallest} validation images to take them from")
         own = False
+    constant = {"floor_loss": 0.0}
+    constant |= {f"uninformed_{name}": value for name, value in progress.references["chance"].items()}
+    if own:
+        chance = trainer.evaluate(val_loader, task, task.baselines()["chance"])
+        constant |= {f"uninformed_own_{name}": value for name, value in chance.items()}
+    if not progress.history:
+        log.layout(
+            {
+                **charts(list(progress.references["untrained"]), own),
+                **{name.replace("_", " "): [name] for name in SPEED},
+            }
+        )
     shown = next(trainer.questions(val_loader, exam))
+    if isinstance(shown, Question) and not progress.history and not RANK:
+        draw_mixtures(shown, exam.predict(trainer.answer(shown))).save(log.folder / "validation.before.png")
 
     seen = len(train_loader) * args.batch_size  # images an epoch
     done = trainer.taken * args.batch_size
@@ -189,19 +219,23 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
             means = trainer.train_epoch(train_loader, epoch - 1, bar, after_step)
             seconds = time.perf_counter() - clock
             progress.training += seconds
-            scores = trainer.evaluate(val_loader, exam)
+            hardest = Hardest()
+            scores = trainer.evaluate(val_loader, exam, look=hardest if isinstance(shown, Question) else None)
             figures = {f"train_{name}" if name in scores else name: value for name, value in means.items()}
             figures |= {"images_per_second": (trainer.taken - before) * args.batch_size / seconds}
+            figures |= {"memory_mb": memory(trainer.device)}
             figures |= {f"val_{name}": value for name, value in scores.items()}
             if own:
                 figures |= {f"val_own_{name}": value for name, value in trainer.evaluate(val_loader, task).items()}
-            log.epoch(epoch, figures)
+            log.epoch(epoch, figures | constant)
             progress.history = log.history
-            if isinstance(shown, Question):
+            if isinstance(shown, Question) and not RANK:
                 picture = draw_mixtures(shown, exam.predict(trainer.answer(shown)))
-                log.picture("validation", picture, epoch)
-                if not RANK:
-                    picture.save(log.folder / "validation.png")
+                picture.save(log.folder / "validation.png")
+                log.picture("1 validation", picture, epoch)
+                log.picture("2 hardest of validation", draw_mixtures(*hardest.found(exam)), epoch)
+            if args.inspect_every and (epoch % args.inspect_every == 0 or epoch == args.epochs):
+                inspect(trainer, val_loader, log, epoch, projector=epoch == args.epochs)
             progress.save(log.folder)
             said = ", ".join(f"{WORDS[name]} {value:{FORMATS[name]}}" for name, value in scores.items())
             tqdm.write(
@@ -215,6 +249,84 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
     }
 
 
+def charts(names: list[str], own: bool) -> dict[str, list[str]]:
+    """{title: figures that belong on one chart}; with `own`, the run trains on another question than the fixed one."""
+    fixed = " on the fixed question" if own else ""
+    found = {}
+    for name in names:
+        if own:
+            found[WORDS[name]] = [f"train_{name}", f"val_own_{name}", f"uninformed_own_{name}"]
+        found[WORDS[name] + fixed] = [*(() if own else (f"train_{name}",)), f"val_{name}", f"uninformed_{name}"]
+    for title, figures in found.items():
+        if title.startswith("loss"):
+            figures.append("floor_loss")
+    return found
+
+
+class Hardest:
+    """Collects the mixtures that the network is most wrong about."""
+
+    def __init__(self, most: int = 8):
+        self.most, self.rows = most, []
+
+    def __call__(self, question: Question, logits: torch.Tensor) -> None:
+        """Look at the answers to a question: logits B n."""
+        wrong, rows = divergence(logits, question.weights, "softmax").topk(min(self.most, len(logits)))
+        views = question.asked[question.candidates[rows]]  # m n 3 S S
+        self.rows += zip(
+            wrong.tolist(), question.mixtures[rows], views, question.weights[rows], logits[rows], strict=True
+        )
+
+    def found(self, task) -> tuple[Question, torch.Tensor]:
+        """They as a question, the worst first, and the weights that were predicted."""
+        worst = sorted(self.rows, key=lambda row: -row[0])[: self.most]
+        mixtures, views, weights, logits = (torch.stack(column) for column in list(zip(*worst, strict=True))[1:])
+        m, n = weights.shape
+        candidates = torch.arange(m * n, device=weights.device).view(m, n)
+        return Question(mixtures, views.flatten(0, 1), candidates, weights), task.predict(logits)
+
+
+def inspect(trainer: Trainer, val_loader, log: Log, epoch: int, projector: bool = True) -> None:
+    """The costlier looks: layers as histograms, first filters, and where validation images lie in feature space."""
+    if RANK:
+        return
+    images, rows = val_loader.dataset.images, val_loader.dataset.rows
+    rows = rows[:: max(1, len(rows) // PROJECTED)][:PROJECTED]
+    names = [images.listing.classes[label] if label >= 0 else "" for label in images.labels[rows].tolist()]
+    found = features(trainer.model.encoder, images.pixels[rows], trainer.task.size, trainer.device, trainer.amp)
+    log.histograms(trainer.model, epoch)
+    log.picture("3 nearest neighbours", draw_neighbours(images.pixels[rows], found, names), epoch)
+    kernels = next(p for p in trainer.model.encoder.parameters() if p.ndim == 4)
+    log.picture("4 first layer", draw_filters(kernels), epoch)
+    if projector:
+        thumbnails = torch.nn.functional.interpolate(torch.from_numpy(images.pixels[rows]).float(), THUMBNAIL)
+        log.projector(found, [name or "no label" for name in names], thumbnails, epoch)
+
+
+def write_page(summary: dict, history: list[dict], folder: Path) -> None:
+    """report.html."""
+    names = {name: word for name, word in WORDS.items() if f"val_{name}" in summary}
+    figures = {**summary["references"], "trained": {name: summary[f"val_{name}"] for name in names}}
+    rows = [
+        [row, *(f"{scores[n]:{FORMATS[n]}}" if n in scores else "" for n in names)] for row, scores in figures.items()
+    ]
+    before_after = {
+        word: folder / name
+        for word, name in (("before training", "validation.before.png"), ("after", "validation.png"))
+        if (folder / name).exists()
+    }
+    settings = json.loads((folder / "settings.json").read_text())
+    parts = [
+        (f"On {summary['val_images']} validation images", webpage.table(["", *names.values()], rows)),
+        ("Epoch by epoch", webpage.charts(history, charts(list(names), f"val_own_{next(iter(names))}" in history[0]))),
+        ("The same mixtures before and after", webpage.pictures(before_after)),
+        ("Command", webpage.preformatted(settings["command"])),
+        ("Settings", webpage.preformatted(json.dumps(settings, indent=1))),
+    ]
+    took = f"{summary['epochs']} epochs in {cli.duration(summary['seconds'])}"
+    webpage.write_report(folder / "report.html", f"{folder.resolve().name}: {took}", [p for p in parts if p[1]])
+
+
 def print_summary(summary: dict, folder: Path) -> None:
     """The result beside what it has to be compared with, and what to do next."""
     speed = f"{summary['images_per_second']:.0f} images/s"
@@ -226,7 +338,7 @@ def print_summary(summary: dict, folder: Path) -> None:
         print(f"  {row:26}" + "".join(f"{scores[name]:>22{FORMATS[name]}}" for name in names))
     print(f"\nlook at it   tensorboard --logdir {folder.parent}")
     if (folder / "validation.png").exists():
-        print(f"or           {folder}/validation.png")
+        print(f"or           {folder}/report.html, validation.png")
     print(f"results      {folder}/summary.json, history.csv, encoder.pt")
 
 

@@ -30,7 +30,8 @@ from data import list_data, open_images
 from engine import choose_amp, choose_device, device_name
 from errors import Stopped, UsageError
 from models import build_encoder
-from report import Log, draw_confusion, draw_sheet
+from pictures import draw_confusion, draw_sheet
+from report import Log
 
 RATES = {"finetune": 1e-3, "linear": transfer.LINEAR_RATE}
 MISTAKES = 24  # on the contact sheet

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import checkpoint
 from augment import whole
 from data import Images, get_dataloaders
-from engine import Trainer
+from engine import BLOCK, Trainer, features
 from errors import UsageError
 from models import ENCODERS, Classifier, build_encoder
 from tasks import Classify, LabelQuestion
@@ -30,7 +30,6 @@ from tasks import Classify, LabelQuestion
 MODES = ("finetune", "linear", "knn")
 NEIGHBOURS = 20
 LINEAR_RATE = 1e-3  # learning rate of a linear head on standardised features
-BLOCK = 256  # images encoded at once
 
 
 @dataclass
@@ -140,7 +139,10 @@ def classify(
     model = Classifier(encoder, len(data.counts))
     if recipe.mode == "finetune" and not recipe.freeze:
         return _train(model, data, recipe, seed, report, after_step)
-    train, val = (_features(encoder, data.images.pixels[rows], recipe) for rows in (data.train, data.val))
+    train, val = (
+        features(encoder, data.images.pixels[rows], recipe.size, recipe.device, recipe.amp)
+        for rows in (data.train, data.val)
+    )
     if recipe.mode == "knn":
         return knn(train, data.images.labels[data.train], val, data.counts, data.held)
 
@@ -188,18 +190,6 @@ def _settle(encoder, data, recipe, batches=10):
         rows = data.train[batch::batches][:BLOCK]
         with torch.autocast(recipe.device.type, torch.bfloat16, enabled=recipe.amp):
             encoder(whole(torch.from_numpy(data.images.pixels[rows]).to(recipe.device), recipe.size))
-
-
-@torch.no_grad()
-def _features(encoder, pixels, recipe):
-    """Features of whole views, the encoder in eval mode: N 3 H H uint8 -> N D float32, on the CPU."""
-    encoder.to(recipe.device, memory_format=torch.channels_last).eval()
-    found = []
-    for start in range(0, len(pixels), BLOCK):
-        images = torch.from_numpy(pixels[start : start + BLOCK]).to(recipe.device)
-        with torch.autocast(recipe.device.type, torch.bfloat16, enabled=recipe.amp):
-            found.append(encoder(whole(images, recipe.size)).float().cpu())
-    return torch.cat(found)
 
 
 def _train(model, data, recipe, seed, report, after_step) -> Answer:

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from report import Log, draw_mixtures
+from pictures import draw_mixtures
+from report import Log
 from tasks import MixupTransform, guess
 
 
@@ -24,7 +25,7 @@ def test_history_and_curves_hold_what_was_logged(tmp_path):
     rows = list(csv.DictReader((tmp_path / "history.csv").open()))
     assert [(row["epoch"], float(row["val_loss"])) for row in rows] == [("1", 2.0), ("2", 1.0), ("3", 2 / 3)]
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert set(events.Tags()["scalars"]) == {"loss/train", "loss/val", "learning_rate"}
+    assert set(events.Tags()["scalars"]) == {"loss/train", "loss/val", "training/learning_rate"}
     assert [(e.step, round(e.value, 4)) for e in events.Scalars("loss/val")] == [
         (0, 2.0),
         (1, 2.0),

@@ -37,10 +37,10 @@ def no_step_twice(folder, epochs):
     rows = history(folder)
     assert [row["epoch"] for row in rows] == [str(epoch) for epoch in range(1, epochs + 1)]
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
-    for curve in events.Tags()["scalars"]:
+    for curve in [name for name in events.Tags()["scalars"] if not name.startswith("summary/")]:
         steps = [event.step for event in events.Scalars(curve) if event.step > 0]
         assert steps == list(range(1, epochs + 1)), curve
-    assert [event.step for event in events.Images("validation")] == list(range(1, epochs + 1))
+    assert [event.step for event in events.Images("1 validation")] == list(range(1, epochs + 1))
 
 
 @pytest.fixture(scope="module")

@@ -53,8 +53,8 @@ def test_a_run_leaves_everything_that_is_promised(pretext):
     for curve, name in {
         "loss/train": "train_loss", "loss/val": "val_loss", "source_accuracy/train": "train_source_accuracy",
         "source_accuracy/val": "val_source_accuracy", "weight_mae/train": "train_weight_mae",
-        "weight_mae/val": "val_weight_mae", "learning_rate": "learning_rate", "gradient_norm": "gradient_norm",
-        "images_per_second": "images_per_second",
+        "weight_mae/val": "val_weight_mae", "training/learning_rate": "learning_rate",
+        "training/gradient_norm": "gradient_norm", "training/images_per_second": "images_per_second",
     }.items():  # fmt: skip
         points = {e.step: e.value for e in events.Scalars(curve) if e.step > 0}
         assert points == pytest.approx({int(row["epoch"]): float(row[name]) for row in rows}, rel=1e-5), curve
