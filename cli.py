@@ -34,6 +34,7 @@ from errors import RunError, Stopped, UsageError
 from models import DECODERS, ENCODERS
 from tasks import ACTIVATIONS, LOSSES, TASKS, LabelTask, MixupTransform, WeightTask, build_task
 
+CANDIDATES, DECODER = 8, "ridge"  # of the default recipe
 RESUMABLE = {"epochs", "device", "checkpoint_every", "inspect_every"}
 RUN_FILES = (
     "settings.json",
@@ -195,7 +196,7 @@ def add_model_options(parser: Parser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("network")
     group.add_argument("--encoder", choices=ENCODERS, default="conv", help="what is kept")
     group.add_argument("--hidden", type=whole(0), default=0, help="width of the projection's hidden layer; 0: linear")
-    group.add_argument("--decoder", choices=DECODERS, default="ridge", help="what compares mixture and candidate")
+    group.add_argument("--decoder", choices=DECODERS, default=DECODER, help="what compares mixture and candidate")
     return group
 
 

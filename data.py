@@ -1,14 +1,14 @@
-"""Where images come from, their splits and classes, and the loaders.
+"""The pixels of a data set, decoded once, and the loaders.
 
-    list_data(name or folder, data_dir)    -> Listing: what there is; nothing is decoded yet
+    list_data(name or folder, data_dir)    -> Listing: what there is; see listing.py
     open_images(listing, size, data_dir)   -> Images: the pixels, from the cache where it is still true
     pretext_split(entries, ...)            -> rows to train on, rows to validate on
     get_dataloaders(images, ...)           -> training loader, validation loader
 
-`python data.py DATA` says what is in a data set; see inspection.py.
-
 Every image is decoded once, ever: its pixels go into a memory-mapped cache of unsigned bytes, and a batch is a gather
 of its rows.
+
+`python data.py DATA` says what is in a data set; see inspection.py.
 """
 
 import errno
@@ -16,56 +16,29 @@ import glob
 import hashlib
 import json
 import os
+import queue
+import threading
 import time
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-import photos
-from augment import generator
-from download import ARCHIVES, fetch
+from augment import generator, send
 from errors import RunError, UsageError
+from listing import Entry, Listing, list_data, require_every_split
 
-UNLABELLED = -1
-CACHE_VERSION = 2  # another one whenever decoding changes, so that no older cache is believed
-LARGEST_IMAGE = 2**26  # px; a larger one is not decoded, so that no header can fill the memory
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # it is named as a file that is left out
 VALIDATION_BLOCK = 256  # images in a validation batch, at most; part of the fixed question, so not an option
+PLACES = ("auto", "device", "stream")
+RESIDENT_SHARE = 0.5  # of the device's free memory, for images that live there
+PREFETCH = 2  # batches gathered ahead
 SMALLEST_VALIDATION = 3  # images; a validation mixture has three candidates
-
-
-class Entry(NamedTuple):
-    """One image of a data set."""
-
-    path: str  # relative to the data set, with "/"; names the image
-    split: str  # "train", "val" or "unsup"
-    label: int  # index into the classes, or UNLABELLED
-
-
-@dataclass
-class Listing:
-    """What a data set holds, before anything is decoded."""
-
-    name: str
-    where: str  # the folder looked at, for messages
-    expected: dict[str, str]  # split: what its images should have been called
-    classes: list[str]
-    entries: list[Entry]
-    skipped: list[tuple[str, str]]  # (path, why) of what cannot be used
-    load: Callable[[str, int], np.ndarray]  # (path, side) -> side side 3 uint8; raises where there is no image
-    native: int  # shortest side of a typical image, px
-    fingerprint: str  # another one whenever a file changes
-    root: Path | None = None  # the folder of the paths; None for the bundled photographs
 
 
 @dataclass
@@ -99,151 +72,6 @@ class Images:
         if self.listing.skipped:
             lines.append(f"{len(self.listing.skipped)} files skipped")
         return "\n".join(lines)
-
-
-def list_data(data: str, data_dir: str | Path = "data") -> Listing:
-    """`photos`, the name of a data set (see download.py), which is fetched into `data_dir`, or a folder -> Listing.
-
-    Raises UsageError where there is nothing to list, RunError where a data set cannot be had.
-    """
-    if data == "photos":
-        listing = _list_photos()
-    else:
-        listing = _list_folder(fetch(data, data_dir) if data in ARCHIVES else Path(data))
-    _require_every_split(listing)
-    return listing
-
-
-def _require_every_split(listing: Listing) -> None:
-    for split, expected in listing.expected.items():
-        if not any(entry.split == split for entry in listing.entries):
-            why = "".join(f"; {path} was left out: {reason}" for path, reason in listing.skipped[:1])
-            raise UsageError(f"--data {listing.where}: no usable image for {split}: expected {expected}{why}")
-
-
-def _list_photos() -> Listing:
-    """The photographs in scikit-image's wheel, one class each, in Image网's shape."""
-    classes, patches = sorted(photos.PHOTOS), photos.list_patches()
-    entries = [Entry(path, split, classes.index(name) if name else UNLABELLED) for path, split, name in patches]
-    expected = {"train": "train/CLASS", "val": "val/CLASS", "unsup": "unsup"}
-    stamp = _hash(entries, photos.PHOTOS)
-    return Listing("photos", "photos", expected, classes, entries, [], photos.load_patch, photos.PATCH, stamp)
-
-
-# ----------------------------------------------------------------------------------------------- a folder of images
-
-
-def _list_folder(root: Path) -> Listing:
-    """With `train/CLASS/`, `val/CLASS/` and optionally `unsup/`, these are the splits, and the class indices are those
-    of `train/` by name, in every split. Any other folder is unlabelled images, at any depth: all "unsup"."""
-    if not root.exists():
-        raise UsageError(f"--data {root}: no such folder; give a folder of images, or leave --data out for `photos`")
-    if not root.is_dir():
-        raise UsageError(f"--data {root} is a file; give the folder that holds the images")
-    classes, val_classes = _folders(root / "train"), _folders(root / "val")
-    labelled = bool(classes and val_classes)
-    for name, folders, other in (("train", classes, val_classes), ("val", val_classes, classes)):
-        if (root / name).is_dir() and other and not folders:
-            raise UsageError(
-                f"--data {root}: no usable image for {name}: expected {name}/CLASS/IMAGE, and there is no class"
-            )
-    unknown = sorted(set(val_classes) - set(classes))
-    if labelled and unknown:
-        raise UsageError(
-            f"--data {root}: val/{unknown[0]}/ is a class that train/ does not have; rename it to one, or remove it"
-        )
-    expected = {"unsup": "images at any depth, or train/CLASS/IMAGE, val/CLASS/IMAGE and optionally unsup/IMAGE"}
-    if labelled:
-        expected = {"train": "train/CLASS/IMAGE", "val": "val/CLASS/IMAGE"}
-        if (root / "unsup").is_dir():
-            expected["unsup"] = "unsup/IMAGE"
-
-    entries, skipped, stamps = [], [], []
-    for path in sorted(_files_below(root)):
-        split, *inner = path.split("/")
-        if not (root / path).is_file():
-            skipped.append((path, "a broken link, or no regular file"))
-            continue
-        if not labelled or (split == "unsup" and inner):
-            entries.append(Entry(path, "unsup", UNLABELLED))
-        elif split in ("train", "val") and len(inner) > 1:
-            entries.append(Entry(path, split, classes.index(inner[0])))
-        else:
-            skipped.append((path, "in no class folder of train/ or val/, nor in unsup/"))
-            continue
-        stat = (root / path).stat()
-        stamps.append((path, stat.st_size, stat.st_mtime_ns))
-    return Listing(
-        name=root.resolve().name,
-        where=str(root),
-        expected=expected,
-        classes=classes if labelled else [],
-        entries=entries,
-        skipped=skipped,
-        load=lambda path, side: decode(root / path, side),
-        native=_typical_side([root / entry.path for entry in entries]),
-        fingerprint=_hash(str(root.resolve()), stamps),
-        root=root,
-    )
-
-
-def _folders(root: Path) -> list[str]:
-    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")) if root.is_dir() else []
-
-
-def _files_below(root: Path) -> Iterator[str]:
-    """Relative paths of every file that is not hidden, through links too, each folder once."""
-    seen = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        for file in files:
-            if not file.startswith("."):
-                yield Path(folder, file).relative_to(root).as_posix()
-
-
-def _typical_side(files: list[Path], sample: int = 64) -> int:
-    """Median of the shortest sides of up to `sample` images spread over `files`, px; 0 if none of them opens."""
-    sides = []
-    for file in files[:: max(1, -(-len(files) // sample))]:
-        try:
-            with Image.open(file) as image:
-                sides.append(min(image.size))
-        except Exception:  # noqa: BLE001  whatever a damaged file raises: decoding will name it
-            continue
-    return int(np.median(sides)) if sides else 0
-
-
-def decode(file: Path, side: int) -> np.ndarray:
-    """Any image that Pillow opens, as a person would see it -> side side 3 uint8.
-
-    Resized by the shortest side and cropped to the central square. The first frame of an animation; turned as its EXIF
-    says; a transparent one on white; 16-bit and floating-point greys scaled to 8 bits. Raises what Pillow raises.
-    """
-    with Image.open(file) as image:
-        if image.width * image.height > LARGEST_IMAGE:
-            raise ValueError(
-                f"it claims {image.width} x {image.height} px; at most {LARGEST_IMAGE / 1e6:.0f} million fit"
-            )
-        image.draft(None, (side, side))  # large JPEGs are decoded at a reduced scale, never below this
-        image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":
-            image = _to_8_bits(image)
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return np.asarray(ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC))
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Deep greys (modes I, I;16, F) by the smallest usual range that holds them: [0, 1] of floats, 8 bits, 16 bits."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float32)).clip(0)
-    ranges = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
-    top = next((r for r in ranges if values.max() <= r), values.max())
-    return Image.fromarray((values * (255 / top)).round().astype(np.uint8))
 
 
 # ----------------------------------------------------------------------------------------------------------- the cache
@@ -313,7 +141,7 @@ def _build_cache(listing: Listing, side: int, file: Path, block: int = 1024) -> 
                         cache.write(np.ascontiguousarray(pixels))
                     bar.update()
             listing.entries, listing.skipped = kept, skipped
-            _require_every_split(listing)
+            require_every_split(listing)
             index = {"fingerprint": listing.fingerprint, "entries": kept, "skipped": skipped}
             text = json.dumps(index).encode()
             cache.write(text + len(text).to_bytes(8, "little"))
@@ -336,10 +164,6 @@ def _build_cache(listing: Listing, side: int, file: Path, block: int = 1024) -> 
 def workers() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def _hash(*parts) -> str:
-    return hashlib.sha256(json.dumps([CACHE_VERSION, *parts]).encode()).hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------------- the loaders
@@ -377,11 +201,26 @@ def open_pretext(
     return images, *pretext_split(listing.entries, batch_size, flag)
 
 
-class ImageDataset(Dataset):
-    """Some rows of a data set. An item is just the number of its row: `collate` gathers a whole batch at once."""
+def choose_place(name: str, images: Images, device: torch.device) -> str:
+    """Where batches are gathered: "device", where all images live, or "stream", from the memory-mapped cache.
 
-    def __init__(self, images: Images, rows: Sequence[int]):
-        self.images, self.rows = images, rows
+    `auto` takes the GPU where the images fill at most half of its free memory. On a CPU it streams: the system keeps
+    the cache's pages in memory as long as there is room.
+    """
+    if name != "auto":
+        return name
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    return "device" if images.pixels.nbytes <= RESIDENT_SHARE * free else "stream"
+
+
+class ImageDataset(Dataset):
+    """Some rows of a data set. An item is just the number of its row: `collate` gathers a whole batch at once.
+
+    resident  the pixels of all images on a device, N 3 H H uint8; None: gather from the cache
+    """
+
+    def __init__(self, images: Images, rows: Sequence[int], resident: torch.Tensor | None = None):
+        self.images, self.rows, self.resident = images, rows, resident
 
     def __len__(self):
         return len(self.rows)
@@ -391,7 +230,48 @@ class ImageDataset(Dataset):
 
     def collate(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Row numbers -> images B 3 H W uint8, labels B int64."""
-        return torch.from_numpy(self.images.pixels[rows]), self.images.labels[rows]
+        labels = self.images.labels[rows]
+        if self.resident is None:
+            return torch.from_numpy(self.images.pixels[rows]), labels
+        return self.resident[send(torch.tensor(rows), self.resident.device)], labels
+
+
+class Prefetched(DataLoader):
+    """A loader whose next batches are gathered by a thread while the device computes."""
+
+    def __iter__(self):
+        batches, stop = queue.Queue(PREFETCH), threading.Event()
+
+        def offer(item):
+            while not stop.is_set():
+                try:
+                    return batches.put(item, timeout=0.1)
+                except queue.Full:
+                    continue
+
+        def gather():
+            try:
+                for batch in super(Prefetched, self).__iter__():
+                    offer((batch, None))
+                    if stop.is_set():
+                        return
+                offer((None, None))
+            except BaseException as error:  # noqa: BLE001  it is raised where the batch was wanted
+                offer((None, error))
+
+        thread = threading.Thread(target=gather, daemon=True)
+        thread.start()
+        try:
+            while True:
+                batch, error = batches.get()
+                if error:
+                    raise error
+                if batch is None:
+                    return
+                yield batch
+        finally:
+            stop.set()
+            thread.join()
 
 
 class EpochOrder(Sampler):
@@ -411,19 +291,34 @@ class EpochOrder(Sampler):
 
 
 def get_dataloaders(
-    images: Images, train: Sequence[int], val: Sequence[int], batch_size: int, seed: int, pin_memory: bool = False
+    images: Images,
+    train: Sequence[int],
+    val: Sequence[int],
+    batch_size: int,
+    seed: int,
+    device: torch.device | None = None,
+    place: str = "auto",
 ) -> tuple[DataLoader, DataLoader]:
     """Loaders of (images B 3 H W uint8, labels B int64) over rows to train on and rows to validate on.
+
+    place  where the images live, see `choose_place`; the batches are the same
 
     The training loader yields a fresh order every epoch (set `loader.batch_sampler.epoch`), and full batches only.
     The validation loader yields every row, in order, in even blocks that depend on their number alone.
     """
-    train, val = ImageDataset(images, train), ImageDataset(images, val)
+    device = device or torch.device("cpu")
+    resident, options = None, {}
+    if choose_place(place, images, device) == "device":
+        resident = torch.from_numpy(np.array(images.pixels)).to(device)
+    else:
+        options["pin_memory"] = device.type == "cuda"
+    kind = Prefetched if resident is None else DataLoader
+    train, val = ImageDataset(images, train, resident), ImageDataset(images, val, resident)
     blocks = np.array_split(np.arange(len(val)), -(-len(val) // VALIDATION_BLOCK))
     order = EpochOrder(len(train), batch_size, seed)
     return (
-        DataLoader(train, batch_sampler=order, collate_fn=train.collate, pin_memory=pin_memory),
-        DataLoader(val, batch_sampler=[b.tolist() for b in blocks], collate_fn=val.collate, pin_memory=pin_memory),
+        kind(train, batch_sampler=order, collate_fn=train.collate, **options),
+        kind(val, batch_sampler=[b.tolist() for b in blocks], collate_fn=val.collate, **options),
     )
 
 

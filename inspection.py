@@ -18,8 +18,9 @@ from PIL import Image
 
 import cli
 from augment import generator
-from data import UNLABELLED, Images, list_data, open_images, workers
+from data import Images, open_images, workers
 from errors import UsageError
+from listing import UNLABELLED, list_data
 from pictures import draw_mixtures, draw_sheet
 from tasks import MixupTransform
 

@@ -24,7 +24,7 @@ import checkpoint
 import cli
 import distributed
 import webpage
-from data import Images, get_dataloaders, open_pretext
+from data import PLACES, Images, choose_place, get_dataloaders, open_pretext
 from distributed import RANK, RANKS
 from engine import Trainer, choose_amp, choose_device, device_name, features, memory
 from errors import Stopped, UsageError
@@ -34,7 +34,17 @@ from report import Log, Silent
 from tasks import Question, divergence
 
 SPEED = ("learning_rate", "gradient_norm", "images_per_second", "memory_mb")
-PLUMBING = {"out", "overwrite", "resume", "data_dir", "device", "compile", "checkpoint_every", "inspect_every"}
+PLUMBING = {
+    "out",
+    "overwrite",
+    "resume",
+    "data_dir",
+    "device",
+    "images",
+    "compile",
+    "checkpoint_every",
+    "inspect_every",
+}
 PROJECTED = 400  # validation images in TensorBoard's projector, at most
 THUMBNAIL = 32  # px
 WORDS = {
@@ -50,11 +60,14 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     """The command line -> settings, and the checkpoint to go on from, if any."""
     parser = cli.Parser(*__doc__.split("\n\n", 1))
     cli.add_data_options(parser)
-    cli.add_task_options(parser, candidates=8)
+    cli.add_task_options(parser, candidates=cli.CANDIDATES)
     cli.add_model_options(parser)
     group = cli.add_loop_options(parser, lr=1e-3)
     group.add_argument("--epochs", type=cli.whole(1), default=50, help="passes over the images")
     group.add_argument("--batch-size", type=cli.whole(2), default=64, help="images in a step")
+    group.add_argument(
+        "--images", choices=PLACES, default="auto", help="where they live: all on the device, or streamed"
+    )
     group.add_argument("--compile", action="store_true", help="torch.compile the encoder")
     group = cli.add_run_options(parser)
     group.add_argument(
@@ -84,7 +97,7 @@ def main() -> None:
     folder = Path(args.resume) if args.resume else cli.choose_folder(args, "pretext")
 
     images, train, val = open_pretext(args.data, args.size, args.data_dir, args.batch_size)
-    loaders = get_dataloaders(images, train, val, args.batch_size, args.seed, device.type == "cuda")
+    loaders = get_dataloaders(images, train, val, args.batch_size, args.seed, device, args.images)
     trainer = Trainer(
         model, task, lr=args.lr, steps=args.epochs * len(loaders[0]), seed=args.seed, device=device, amp=amp
     )
@@ -95,7 +108,11 @@ def main() -> None:
         model.encoder.compile()
     cli.make_folder(folder, args, device_name(device))
     print(images.describe())
-    print(f"training on {len(train)} images, validating on {len(val)}; {device_name(device)}{', bf16' if amp else ''}")
+    place = {"device": "on the device", "stream": "streamed"}[choose_place(args.images, images, device)]
+    print(
+        f"training on {len(train)} images, {place}, validating on {len(val)}; "
+        f"{device_name(device)}{', bf16' if amp else ''}"
+    )
     with contextlib.closing((Silent if RANK else Log)(folder, progress.history if saved else None)) as log:
         if not saved and not RANK:
             log.text("settings", (folder / "settings.json").read_text())
@@ -227,8 +244,7 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
             figures |= {f"val_{name}": value for name, value in scores.items()}
             if own:
                 figures |= {f"val_own_{name}": value for name, value in trainer.evaluate(val_loader, task).items()}
-            log.epoch(epoch, figures | constant)
-            progress.history = log.history
+            clock = time.perf_counter()
             if isinstance(shown, Question) and not RANK:
                 picture = draw_mixtures(shown, exam.predict(trainer.answer(shown)))
                 picture.save(log.folder / "validation.png")
@@ -236,6 +252,8 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
                 log.picture("2 hardest of validation", draw_mixtures(*hardest.found(exam)), epoch)
             if args.inspect_every and (epoch % args.inspect_every == 0 or epoch == args.epochs):
                 inspect(trainer, val_loader, log, epoch, projector=epoch == args.epochs)
+            log.epoch(epoch, {**figures, "logging_seconds": time.perf_counter() - clock, **constant})
+            progress.history = log.history
             progress.save(log.folder)
             said = ", ".join(f"{WORDS[name]} {value:{FORMATS[name]}}" for name, value in scores.items())
             tqdm.write(

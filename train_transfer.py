@@ -26,9 +26,10 @@ import torch
 import checkpoint
 import cli
 import transfer
-from data import list_data, open_images
+from data import open_images
 from engine import choose_amp, choose_device, device_name
 from errors import Stopped, UsageError
+from listing import list_data
 from models import build_encoder
 from pictures import draw_confusion, draw_sheet
 from report import Log

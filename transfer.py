@@ -197,8 +197,7 @@ def _train(model, data, recipe, seed, report, after_step) -> Answer:
     on_images = isinstance(model, Classifier)
     task = Classify(data.counts, recipe.size if on_images else None)
     batch_size = min(recipe.batch_size, len(data.train))
-    pin = recipe.device.type == "cuda"
-    loader, val_loader = get_dataloaders(data.images, data.train, data.val, batch_size, seed, pin)
+    loader, val_loader = get_dataloaders(data.images, data.train, data.val, batch_size, seed, recipe.device)
     trainer = Trainer(
         model,
         task,

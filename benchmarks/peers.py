@@ -127,7 +127,7 @@ def train(args: argparse.Namespace) -> None:
     else:
         swav = SwaVLoss(args.temperature or 0.1)
         model, loss = SwAV(encoder, args.width, args.prototypes), lambda a, b: swav([a, b], []).squeeze()
-    loader, _ = get_dataloaders(images, rows, val, args.batch_size, args.seed, device.type == "cuda")
+    loader, _ = get_dataloaders(images, rows, val, args.batch_size, args.seed, device)
     steps = args.epochs * len(loader)
     trainer = Trainer(model, Agree(args.size, loss), lr=args.lr, steps=steps, seed=args.seed, device=device, amp=amp)
     cli.make_folder(folder, args, device_name(device))

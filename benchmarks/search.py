@@ -35,6 +35,7 @@ RECIPES = {  # name: (encodes an image, command; None: from scratch)
     "first": (2, "train_pretext.py --no-views --candidates 3"),
     "ridge-8": (2, "train_pretext.py --decoder ridge --candidates 8"),
     "cosine-batch": (2, BATCH),
+    "ridge-batch": (2, "train_pretext.py --decoder ridge --candidates batch --symmetric"),
     "symmetric": (2, f"{BATCH} --symmetric"),
     "pure-50": (2, f"{BATCH} --symmetric --pure 0.5"),
     "hidden": (2, f"{BATCH} --symmetric --hidden 512"),

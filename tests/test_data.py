@@ -1,5 +1,6 @@
 import hashlib
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -7,8 +8,10 @@ import torch
 from PIL import Image
 
 import data
-from data import UNLABELLED, get_dataloaders, list_data, open_images, open_pretext, pretext_split
+import listing
+from data import choose_place, get_dataloaders, open_images, open_pretext, pretext_split
 from errors import UsageError
+from listing import UNLABELLED, list_data
 
 
 def opened(root, tmp_path, size=32):
@@ -87,7 +90,7 @@ FORMATS = {
 @pytest.mark.parametrize("name", FORMATS)
 def test_any_image_that_pillow_opens(name, tmp_path, patches):
     FORMATS[name](tmp_path / name, patches[12])
-    pixels = data.decode(tmp_path / name, 64)
+    pixels = listing.decode(tmp_path / name, 64)
     assert pixels.shape == (64, 64, 3) and pixels.dtype == np.uint8
     expected = patches[12].convert("L") if name in ("grey.png", "deep.png", "float.tif") else patches[12]
     difference = np.abs(pixels.astype(int) - np.asarray(expected.convert("RGB"), int)).mean()
@@ -96,14 +99,14 @@ def test_any_image_that_pillow_opens(name, tmp_path, patches):
 
 def test_transparent_pixels_are_white(tmp_path):
     Image.new("RGBA", (64, 64), (200, 0, 0, 0)).save(tmp_path / "empty.png")
-    assert (data.decode(tmp_path / "empty.png", 32) == 255).all()
+    assert (listing.decode(tmp_path / "empty.png", 32) == 255).all()
 
 
 def test_resized_by_the_shortest_side_and_cropped_to_the_centre(tmp_path):
     image = Image.new("RGB", (300, 100), "black")
     image.paste("red", (100, 0, 200, 100))
     image.save(tmp_path / "wide.png")
-    assert (data.decode(tmp_path / "wide.png", 50)[:, 2:-2] == (255, 0, 0)).all()
+    assert (listing.decode(tmp_path / "wide.png", 50)[:, 2:-2] == (255, 0, 0)).all()
 
 
 def test_what_cannot_be_decoded_is_skipped_named_and_counted(folder, tmp_path):
@@ -144,7 +147,7 @@ def test_a_split_without_a_usable_image_says_what_was_expected_where(labelled, t
 
 def test_decoded_once(folder, tmp_path, monkeypatch):
     first = opened(folder, tmp_path)
-    monkeypatch.setattr(data, "decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(listing, "decode", lambda *_: pytest.fail("decoded again"))
     assert (opened(folder, tmp_path).pixels == first.pixels).all()
 
 
@@ -222,3 +225,41 @@ def test_every_training_image_once_an_epoch(folder, tmp_path):
     loader, _ = get_dataloaders(images, train, val, 6, seed=1)
     rows = [row for batch in loader.batch_sampler for row in batch]
     assert len(set(rows)) == len(rows) == 36
+
+
+def test_images_on_the_device_give_the_same_batches_as_streamed_ones(cache):
+    images, train, val = open_pretext("photos", 32, cache, 128)
+    loaders = [get_dataloaders(images, train, val, 128, 3, place=place) for place in ("device", "stream")]
+    assert (loaders[0][0].dataset.resident is None, loaders[1][0].dataset.resident is None) == (False, True)
+    for resident, streamed in zip(*loaders, strict=True):
+        if resident.batch_sampler is loaders[0][0].batch_sampler:
+            resident.batch_sampler.epoch = streamed.batch_sampler.epoch = 2
+            resident.batch_sampler.first = streamed.batch_sampler.first = 5
+        count = 0
+        for (pixels, labels), (others, other_labels) in zip(resident, streamed, strict=True):
+            assert torch.equal(pixels, others) and torch.equal(labels, other_labels)
+            count += 1
+        assert count == len(resident) - (5 if count > 2 else 0)
+
+
+def test_prefetching_ends_with_the_loop_and_hands_errors_on(cache, monkeypatch):
+    images, train, val = open_pretext("photos", 32, cache, 128)
+    loader, _ = get_dataloaders(images, train, val, 128, 0, place="stream")
+    before = threading.active_count()
+    batches = iter(loader)
+    next(batches)
+    batches.close()
+    assert threading.active_count() == before
+    monkeypatch.setattr(loader, "collate_fn", lambda rows: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(iter(loader))
+
+
+def test_where_images_live_follows_the_free_memory(cache, monkeypatch):
+    images, _, _ = open_pretext("photos", 32, cache, 128)
+    gpu = torch.device("cuda")
+    for free, expected in ((images.pixels.nbytes * 3, "device"), (images.pixels.nbytes, "stream")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        assert choose_place("auto", images, gpu) == expected
+    assert choose_place("auto", images, torch.device("cpu")) == "stream"
+    assert choose_place("device", images, torch.device("cpu")) == "device"

@@ -15,7 +15,8 @@ from PIL import Image
 from test_download import small_disk  # noqa: F401
 from test_resume import same, weights, whole  # noqa: F401
 
-import data
+import listing
+from data import open_images
 
 
 def png_that_claims(width, height):
@@ -78,17 +79,17 @@ def test_damaged_images_among_good_ones(tmp_path, patches):
     assert "40 images" in end.stdout and "500 unreadable" in end.stdout
     assert int(end.stdout.split("grown ")[1].split()[0]) < 300_000
 
-    images = data.open_images(data.list_data(str(root)), 16, tmp_path / "other")
+    images = open_images(listing.list_data(str(root)), 16, tmp_path / "other")
     assert {path for path, _ in images.listing.skipped} == set(names)
     assert all(why and "\n" not in why for _, why in images.listing.skipped)
 
 
 def test_a_large_image_is_decoded_at_a_reduced_scale_and_an_absurd_one_is_refused(tmp_path):
     Image.new("RGB", (4000, 3000), "red").save(tmp_path / "large.jpg")
-    assert data.decode(tmp_path / "large.jpg", 32).shape == (32, 32, 3)
+    assert listing.decode(tmp_path / "large.jpg", 32).shape == (32, 32, 3)
     (tmp_path / "absurd.png").write_bytes(png_that_claims(12_000, 11_000))
     with pytest.raises(ValueError, match="12000 x 11000 px; at most 67 million"):
-        data.decode(tmp_path / "absurd.png", 32)
+        listing.decode(tmp_path / "absurd.png", 32)
 
 
 def test_a_disk_that_fills_up_during_the_run(script, cache, whole, small_disk, monkeypatch):  # noqa: F811

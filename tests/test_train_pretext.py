@@ -131,13 +131,14 @@ def test_more_sources_than_validation_images(script, folder):
 
 def test_val_is_never_seen(script, labelled, monkeypatch):
     import data
+    import listing
 
     gathered = set()
     collate = data.ImageDataset.collate
     monkeypatch.setattr(data.ImageDataset, "collate", lambda self, rows: gathered.update(rows) or collate(self, rows))
     end = script("train_pretext.py", "--data", labelled, "--epochs", 3, "--batch-size", 8, "--size", 16, "--out", "run")
     assert end.status == 0, end.err
-    entries = data.list_data(str(labelled)).entries
+    entries = listing.list_data(str(labelled)).entries
     assert gathered and not [row for row in gathered if entries[row].split == "val"]
 
 

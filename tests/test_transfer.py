@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 import transfer
-from data import list_data, open_images
+from data import open_images
+from listing import list_data
 from models import Classifier, build_encoder
 from tasks import Classify, LabelQuestion
 
