@@ -1,13 +1,16 @@
 """What a run leaves to look at: TensorBoard's curves, pictures and tables, and history.csv."""
 
 import csv
+import io
 from pathlib import Path
 
 import torch
 from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+HISTOGRAM = 10_000  # values of a layer in a histogram, about
 PHASES = ("train", "val", "uninformed", "floor")
 
 
@@ -47,9 +50,13 @@ class Log:
             self.writer.add_scalar(_tag(name), value, epoch)
 
     def picture(self, tag: str, picture: Image.Image, epoch: int) -> None:
-        """A picture in TensorBoard."""
-        pixels = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
-        self.writer.add_image(tag, pixels.view(picture.height, picture.width, 3), epoch, dataformats="HWC")
+        """A picture in TensorBoard; as a JPEG, which takes a tenth of the time that a PNG does."""
+        content = io.BytesIO()
+        picture.convert("RGB").save(content, "JPEG", quality=92)
+        image = Summary.Image(
+            height=picture.height, width=picture.width, colorspace=3, encoded_image_string=content.getvalue()
+        )
+        self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), epoch)
 
     def text(self, tag: str, text: str) -> None:
         """Text in TensorBoard, shown as it is."""
@@ -61,11 +68,12 @@ class Log:
         self.writer.add_custom_scalars({"run": multiline})
 
     def histograms(self, model: nn.Module, epoch: int) -> None:
-        """Weights and last gradients of every layer."""
+        """Weights and last gradients of every layer, or about ten thousand of them, evenly spread."""
         for name, parameter in model.named_parameters():
-            self.writer.add_histogram(f"weights/{name}", parameter.detach().float(), epoch)
-            if parameter.grad is not None:
-                self.writer.add_histogram(f"gradients/{name}", parameter.grad.float(), epoch)
+            for kind, values in (("weights", parameter.detach()), ("gradients", parameter.grad)):
+                if values is not None:
+                    some = values.flatten()[:: max(1, values.numel() // HISTOGRAM)].float()
+                    self.writer.add_histogram(f"{kind}/{name}", some, epoch)
 
     def projector(self, features: torch.Tensor, names: list[str], thumbnails: torch.Tensor, epoch: int) -> None:
         """Features N D with the names N of their classes and thumbnails N 3 h w uint8, as points that can be turned."""

@@ -247,7 +247,7 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
             clock = time.perf_counter()
             if isinstance(shown, Question) and not RANK:
                 picture = draw_mixtures(shown, exam.predict(trainer.answer(shown)))
-                picture.save(log.folder / "validation.png")
+                picture.save(log.folder / "validation.png", compress_level=1)
                 log.picture("1 validation", picture, epoch)
                 log.picture("2 hardest of validation", draw_mixtures(*hardest.found(exam)), epoch)
             if args.inspect_every and (epoch % args.inspect_every == 0 or epoch == args.epochs):
