@@ -9,6 +9,7 @@
   obvious   a data set that decodes three images an example with Pillow in workers, and encodes four
   lightly   SimCLR's two views by lightly's transform and a DataLoader (benchmarks/requirements.txt)
   decode    building the cache, and a pool of as many threads that decodes and resizes the same files with Pillow
+            (whole: without the reduced scale that a JPEG can be decoded at)
   growth    time an image and memory with 1,000, 10,000 and 100,000 images, streamed
 
 Every figure is measured --repeat times, in turn with the others, each time in a process of its own.
@@ -44,6 +45,7 @@ from models import ENCODERS, build_model
 from tasks import Question, build_task
 
 KINDS = ("limit", "ours", "obvious", "lightly", "decode", "growth")
+WORKERS = {"num_workers": workers(), "persistent_workers": True}  # of the DataLoaders
 WARM_UP = 5  # steps before the clock starts
 GROWTH = (1_000, 10_000, 100_000)  # images
 
@@ -58,7 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=cli.whole(2), default=64, help="images in a step")
     parser.add_argument("--device", default="auto", help="where to compute")
     parser.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto", help="as in train_pretext.py")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the encoder, of limit and ours")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the encoder")
     parser.add_argument("--repeat", type=cli.whole(1), default=5, help="measurements of each figure")
     parser.add_argument("--seconds", type=cli.whole(1), default=10, help="of one measurement, about")
     parser.add_argument("--out", default="bench.json", help="file for the figures")
@@ -225,9 +227,7 @@ def obvious(args: argparse.Namespace) -> dict:
     """Examples a second of the obvious data set: four encodes each."""
     trainer, device = build(args, build_task("mixup", 3, size=args.size))
     files = _files(args.data)
-    loader = DataLoader(
-        ObviousDataset(files, args.size), args.batch_size, shuffle=True, num_workers=workers(), drop_last=True
-    )
+    loader = DataLoader(ObviousDataset(files, args.size), args.batch_size, shuffle=True, drop_last=True, **WORKERS)
     candidates = torch.arange(3 * args.batch_size, device=device).view(-1, 3)
 
     def step(batch, number):
@@ -250,7 +250,7 @@ def lightly(args: argparse.Namespace) -> dict | None:
     model = SimCLR(trainer.model.encoder, 512)
     trainer = Trainer(model, Agree(args.size, NTXentLoss(0.5)), lr=1e-3, steps=10**6, device=device, amp=trainer.amp)
     data = LightlyDataset(args.data, transform=SimCLRTransform(args.size))
-    loader = DataLoader(data, args.batch_size, shuffle=True, num_workers=workers(), drop_last=True)
+    loader = DataLoader(data, args.batch_size, shuffle=True, drop_last=True, **WORKERS)
 
     def step(batch, number):
         from benchmarks.peers import TwoViews

@@ -7,14 +7,19 @@ import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import torch
 from torch import nn
 
 from errors import UsageError
 
-LAST, BEFORE = "checkpoint.pt", "checkpoint.previous.pt"
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+NEW, LAST, BEFORE = "checkpoint.new.pt", "checkpoint.pt", "checkpoint.previous.pt"
 
 
 def save(state: object, file: str | Path) -> None:
@@ -47,11 +52,10 @@ def load(file: str | Path) -> object:
 
 def save_last(state: object, folder: Path) -> None:
     """Write the folder's last checkpoint, and keep the one before."""
-    part = folder / f"{LAST}.new"
-    save(state, part)
+    save(state, folder / NEW)
     if (folder / LAST).exists():
         os.replace(folder / LAST, folder / BEFORE)
-    os.replace(part, folder / LAST)
+    os.replace(folder / NEW, folder / LAST)
 
 
 def load_last(folder: Path, say: Callable[[str], None] = print) -> dict:
@@ -59,7 +63,7 @@ def load_last(folder: Path, say: Callable[[str], None] = print) -> dict:
 
     Raises UsageError where there is none that can be used.
     """
-    there = [folder / name for name in (LAST, BEFORE) if (folder / name).exists()]
+    there = [folder / name for name in (NEW, LAST, BEFORE) if (folder / name).exists()]
     if not there:
         raise UsageError(f"{folder} holds no {LAST}, so there is nothing to resume; start the run again")
     for file in there:
@@ -67,8 +71,28 @@ def load_last(folder: Path, say: Callable[[str], None] = print) -> dict:
             return load(file)
         except UsageError as error:
             why = error
+            file.unlink()  # or it would be kept in place of the good one
             say(f"{error}{'; going on from the one before' if file is not there[-1] else ''}")
     raise UsageError(f"{why}, and there is no other; start the run again") from why
+
+
+def lock(file: str | Path, wait: bool = False) -> IO | None:
+    """Hold `file` until what is returned is closed, or this process ends; None where there are no locks.
+
+    Raises BlockingIOError where another process holds it, unless it is to `wait` for that.
+    """
+    if fcntl is None:
+        return None
+    stream = open(file, "w")  # noqa: SIM115
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        stream.close()
+        raise
+    except OSError:  # a file system without locks
+        stream.close()
+        return None
+    return stream
 
 
 def fit(module: nn.Module, state: dict, what: str) -> None:

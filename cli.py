@@ -21,11 +21,6 @@ import PIL
 import torch
 import torchvision
 
-try:
-    import fcntl
-except ImportError:  # Windows: nothing holds a folder there
-    fcntl = None
-
 import checkpoint
 from distributed import RANK
 from download import ARCHIVES
@@ -35,9 +30,8 @@ from models import DECODERS, ENCODERS
 from tasks import ACTIVATIONS, LOSSES, TASKS, LabelTask, MixupTransform, WeightTask, build_task
 
 CANDIDATES, DECODER = 8, "ridge"  # of the default recipe
-RESUMABLE = {"epochs", "device", "checkpoint_every", "inspect_every"}
 RUN_FILES = (
-    "settings.json",
+    "settings*.json",
     "history.csv",
     "summary.json",
     "report.html",
@@ -225,10 +219,10 @@ def add_resume_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--resume", metavar="FOLDER", help="go on with the run that this folder holds, as it was set")
 
 
-def resume(parser: Parser, args: argparse.Namespace) -> dict | None:
+def resume(parser: Parser, args: argparse.Namespace, may_change: set[str]) -> dict | None:
     """With --resume: load the folder's last checkpoint, and set `args` to what the run was started with.
 
-    Raises UsageError where there is no such run, or where an option would change what it does.
+    Raises UsageError where there is no such run, or where an option is given that is not in `may_change`.
     """
     if not args.resume:
         return None
@@ -239,12 +233,10 @@ def resume(parser: Parser, args: argparse.Namespace) -> dict | None:
     if not isinstance(state, dict) or state.get("script") != Path(sys.argv[0]).stem:
         raise UsageError(f"--resume {folder} was no run of {Path(sys.argv[0]).name}")
     given = parser.given() - {"resume"}
-    for name in sorted(given - RESUMABLE):
-        flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in sorted(RESUMABLE & set(vars(args))))
-        raise UsageError(
-            f"--{name.replace('_', '-')} cannot be given with --resume: the run has its settings, and only {flags} "
-            "can change"
-        )
+    for name in sorted(given - may_change):
+        flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in sorted(may_change))
+        said = "START" if name == "starts" else f"--{name.replace('_', '-')}"
+        raise UsageError(f"{said} cannot be given with --resume: the run has its settings, and only {flags} can change")
     vars(args).update({name: value for name, value in state["settings"].items() if name not in given})
     args.resume, args.out = str(folder), str(folder)
     return state
@@ -279,9 +271,12 @@ def make_folder(folder: Path, args: argparse.Namespace, device: str) -> None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _hold(folder)
+        if held := checkpoint.lock(folder / ".lock"):
+            _held.append(held)
         for file in _run_files(folder) if not vars(args).get("resume") else []:
             shutil.rmtree(file) if file.is_dir() else file.unlink()
+    except BlockingIOError:
+        raise UsageError(f"--out {folder}: another run is writing there; wait for it, or give another folder") from None
     except OSError as error:
         raise UsageError(f"--out {folder} cannot be used ({error.strerror}); give another folder") from error
     settings = {
@@ -303,20 +298,8 @@ def make_folder(folder: Path, args: argparse.Namespace, device: str) -> None:
 _held = []  # open files, for as long as this process lives
 
 
-def _hold(folder: Path) -> None:
-    if fcntl is None:
-        return
-    lock = open(folder / ".lock", "w")  # noqa: SIM115
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise UsageError(f"--out {folder}: another run is writing there; wait for it, or give another folder") from None
-    _held.append(lock)
-
-
 class Interrupts:
-    """While it is entered, Ctrl-C and SIGTERM only set `signal`; a second one ends the process at once."""
+    """While it is entered, Ctrl-C and SIGTERM only set `signal`; a second Ctrl-C ends the process at once."""
 
     signals = (signal.SIGINT, signal.SIGTERM)
 
@@ -327,7 +310,8 @@ class Interrupts:
 
     def _note(self, number, frame):
         self.signal = number
-        signal.signal(number, self.before[number])
+        if number == signal.SIGINT:
+            signal.signal(number, self.before[number])
 
     def __exit__(self, *error):
         for number, handler in self.before.items():

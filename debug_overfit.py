@@ -17,6 +17,7 @@ from torch import nn
 
 import checkpoint
 import cli
+import distributed
 from augment import generator
 from data import get_dataloaders, open_pretext
 from engine import Trainer, choose_amp, choose_device, device_name
@@ -152,6 +153,7 @@ def compare_versions(args: argparse.Namespace, log: Log) -> None:
 def main() -> int:
     """Run what was asked for."""
     args = parse()
+    distributed.alone()
     if args.fault == "list":
         for name, fault in FAULTS.items():
             print(f"{name}: {fault.__doc__}")

@@ -5,15 +5,20 @@ encoded; so every rank sees the same answer, the same loss and the same figures,
 ranks of B do. Without torchrun there is one rank, and nothing here does anything.
 """
 
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from errors import UsageError
+
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-PATIENCE = datetime.timedelta(minutes=10)  # for a rank that does not answer
+PATIENCE = datetime.timedelta(minutes=60)  # for a rank that does not answer; the first may be downloading
+_talk = None  # the group in which CPUs talk
 
 
 def start(device: torch.device) -> torch.device:
@@ -23,8 +28,27 @@ def start(device: torch.device) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    global _talk
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    _talk = dist.new_group(backend="gloo", timeout=PATIENCE)
     return device
+
+
+def alone() -> None:
+    """Raises UsageError where a command that uses one device was started on several."""
+    if RANKS > 1:
+        raise UsageError("this command uses one process; start it without torchrun (and with WORLD_SIZE unset)")
+
+
+@contextlib.contextmanager
+def first_rank_first() -> Iterator[None]:
+    """Let the first rank of each machine do something, such as fill a cache, before the others do."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if RANKS > 1 and not first:
+        dist.barrier()
+    yield
+    if RANKS > 1 and first:
+        dist.barrier()
 
 
 def mine(count: int) -> slice:
@@ -64,7 +88,6 @@ def any_rank(flag: bool) -> bool:
     """Whether it is true on any rank. All of them have to ask."""
     if RANKS == 1:
         return flag
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    told = torch.tensor(float(flag), device=device)
-    dist.all_reduce(told, dist.ReduceOp.MAX)
+    told = torch.tensor(float(flag))
+    dist.all_reduce(told, dist.ReduceOp.MAX, group=_talk)  # between CPUs: no GPU has to wait
     return bool(told)

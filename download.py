@@ -6,6 +6,7 @@ Nothing half done ever has the final name: an archive is downloaded as `NAME.par
 `NAME.unpacking`, and both are renamed when they are complete and verified.
 """
 
+import contextlib
 import errno
 import gzip
 import hashlib
@@ -23,6 +24,7 @@ from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
+import checkpoint
 from errors import RunError, UsageError
 
 HEAD = 2**20  # bytes at the start of an archive, whose MD5 fastai publishes
@@ -81,10 +83,17 @@ def fetch(name: str, data_dir: str | Path) -> Path:
         raise UsageError(f"--data-dir {data_dir} cannot be used ({error.strerror}); give another folder") from error
     file = folder.parent / archive.name
     try:
-        if not file.exists():
-            download(archive, file)
-        verify(archive, file)
-        unpack(name, file, folder)
+        held = folder.parent / f".{name}.lock"
+        with checkpoint.lock(held, wait=True) or contextlib.nullcontext():
+            try:
+                if folder.is_dir():  # another run has fetched it meanwhile
+                    return folder
+                if not file.exists():
+                    download(archive, file)
+                verify(archive, file)
+                unpack(name, file, folder)
+            finally:
+                held.unlink(missing_ok=True)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -114,14 +123,13 @@ def download(archive: Archive, file: Path) -> None:
                 )
             try:
                 why = _receive(archive, part, have, bar)
-            except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+            except (OSError, http.client.HTTPException) as error:
+                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                    part.unlink(missing_ok=True)  # it would only fill the disk
+                    raise
                 why = _reason(error)
                 if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429:
                     failures = ATTEMPTS
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    part.unlink(missing_ok=True)
-                raise
             now = part.stat().st_size if part.exists() else 0
             failures = 0 if now > have else failures + 1
             if failures >= ATTEMPTS:

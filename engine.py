@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -136,12 +136,14 @@ class Running:
 
 
 @torch.no_grad()
-def features(encoder: nn.Module, pixels: np.ndarray, size: int, device: torch.device, amp: bool) -> torch.Tensor:
-    """Features of whole views, the encoder in eval mode: N 3 H H uint8 -> N D float32, on the CPU."""
+def features(
+    encoder: nn.Module, pixels: np.ndarray, rows: Sequence[int], size: int, device: torch.device, amp: bool
+) -> torch.Tensor:
+    """Features of whole views of N rows, the encoder in eval mode: ... 3 H H uint8 -> N D float32, on the CPU."""
     encoder.to(device, memory_format=torch.channels_last).eval()
     found = []
-    for start in range(0, len(pixels), BLOCK):
-        images = torch.from_numpy(pixels[start : start + BLOCK]).to(device)
+    for start in range(0, len(rows), BLOCK):
+        images = torch.from_numpy(pixels[rows[start : start + BLOCK]]).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             found.append(encoder(whole(images, size)).float().cpu())
     return torch.cat(found)
@@ -191,13 +193,13 @@ class Trainer:
             if self.device.type == "cuda":
                 model.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(model.encoder)
             self.net = DistributedDataParallel(model, [self.device] if self.device.type == "cuda" else None)
+        self.fused = self.device.type != "mps"
         self.optimizer = make_optimizer(model, lr, self.device, encoder_rate)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # every batch has the same shape
 
     def step(self, question, step: int) -> dict[str, torch.Tensor]:
         """Learn from one question. `step` counts from the start of the run. Returns scalars, still on the device."""
-        self.taken = step + 1
         lr = learning_rate(step, self.steps, self.lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["rate"]
@@ -207,10 +209,11 @@ class Trainer:
         scores["gradient_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         finite = scores["gradient_norm"].isfinite() & scores["loss"].isfinite()
         self.broken = torch.where((self.broken < 0) & ~finite, step, self.broken)
-        # The fused optimiser reads this on the device: from a broken step on, the weights stay as they are.
-        self.optimizer.found_inf = (self.broken >= 0).float()
-        if self.device.type != "mps" or self.broken < 0:
+        if self.fused:  # it reads this on the device: from a broken step on, the weights stay as they are
+            self.optimizer.found_inf = (self.broken >= 0).float()
+        if self.fused or self.broken < 0:
             self.optimizer.step()
+        self.taken = step + 1
         return scores
 
     def train_epoch(
@@ -231,7 +234,8 @@ class Trainer:
             question = self.ask(self.task, images, labels, generator(self.seed, epoch, batch))
             self.running.add(self.step(question, epoch * len(loader) + batch))
             if batch % READ_EVERY == READ_EVERY - 1:
-                self._show(bar, self._check(self.running.peek(), loader))
+                # Several ranks have to find out in the same step.
+                self._show(bar, self._check(self.running.read() if RANKS > 1 else self.running.peek(), loader))
             bar.update(len(images))
             if after_step:
                 after_step()
@@ -294,6 +298,8 @@ class Trainer:
         """Go on from what `state` kept; the schedule's length is that of this trainer."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["fused"] = self.fused  # the run may have come from another device
         self.running.restore(state["running"])
         self.taken = state["schedule"]["taken"]
 
@@ -304,6 +310,11 @@ class Trainer:
 
     def _score(self, question, task):
         return task.score(self.logits(question), question)
+
+    def check(self, loader: DataLoader) -> None:
+        """Raises RunError if a step was not finite: to be asked before the state is saved."""
+        if self.broken >= 0:
+            self._check(self.running.read(), loader)
 
     def _check(self, means, loader):
         if all(math.isfinite(means.get(name, 0.0)) for name in ("loss", "gradient_norm")):

@@ -131,7 +131,7 @@ def _list_folder(root: Path) -> Listing:
         skipped=skipped,
         load=lambda path, side: decode(root / path, side),
         native=_typical_side([root / entry.path for entry in entries]),
-        fingerprint=_hash(str(root.resolve()), stamps),
+        fingerprint=_hash(str(root.resolve()), classes if labelled else [], entries, stamps),
         root=root,
     )
 

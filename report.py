@@ -2,6 +2,7 @@
 
 import csv
 import io
+import sys
 from pathlib import Path
 
 import torch
@@ -86,10 +87,15 @@ class Log:
         self.writer.add_hparams(plain, figures, run_name=".", global_step=epoch)
 
     def close(self) -> None:
-        """Everything written is on disk afterwards."""
-        self.writer.close()
-        if self.file:
-            self.file.close()
+        """Everything written is on disk afterwards, if the disk takes it; an error that is under way goes first."""
+        another = sys.exc_info()[0] is not None
+        for file in (self.writer, self.file):
+            try:
+                if file:
+                    file.close()
+            except OSError:
+                if not another:
+                    raise
 
 
 def _tag(name):

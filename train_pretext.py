@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import signal
+import statistics
 import time
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import checkpoint
 import cli
 import distributed
 import webpage
-from data import PLACES, Images, choose_place, get_dataloaders, open_pretext
+from data import PLACES, Images, get_dataloaders, open_pretext
 from distributed import RANK, RANKS
 from engine import Trainer, choose_amp, choose_device, device_name, features, memory
 from errors import Stopped, UsageError
@@ -78,13 +79,12 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     )
     cli.add_resume_options(group)
     args = parser.parse_args()
-    return args, cli.resume(parser, args)
+    return args, cli.resume(parser, args, {"epochs", "device", "checkpoint_every", "inspect_every"})
 
 
 def main() -> None:
     """Assemble, train, report."""
     args, saved = parse()
-    started = time.perf_counter()
     device = distributed.start(choose_device(args.device))
     amp = choose_amp(args.amp, device)
     task = cli.make_task(args, args.batch_size, "--batch-size")
@@ -96,7 +96,8 @@ def main() -> None:
         )
     folder = Path(args.resume) if args.resume else cli.choose_folder(args, "pretext")
 
-    images, train, val = open_pretext(args.data, args.size, args.data_dir, args.batch_size)
+    with distributed.first_rank_first():  # one of them downloads and decodes
+        images, train, val = open_pretext(args.data, args.size, args.data_dir, args.batch_size)
     loaders = get_dataloaders(images, train, val, args.batch_size, args.seed, device, args.images)
     trainer = Trainer(
         model, task, lr=args.lr, steps=args.epochs * len(loaders[0]), seed=args.seed, device=device, amp=amp
@@ -108,7 +109,7 @@ def main() -> None:
         model.encoder.compile()
     cli.make_folder(folder, args, device_name(device))
     print(images.describe())
-    place = {"device": "on the device", "stream": "streamed"}[choose_place(args.images, images, device)]
+    place = "streamed" if loaders[0].dataset.resident is None else "on the device"
     print(
         f"training on {len(train)} images, {place}, validating on {len(val)}; "
         f"{device_name(device)}{', bf16' if amp else ''}"
@@ -134,13 +135,13 @@ def main() -> None:
         "train_images": len(train),
         "val_images": len(val),
         **results,
-        "seconds": progress.seconds + time.perf_counter() - started,
+        "seconds": progress.seconds,
         "device": device_name(device),
         "amp": "bf16" if amp else "off",
         "seed": args.seed,
     }
-    checkpoint.save_json(summary, folder / "summary.json")
     write_page(summary, progress.history, folder)
+    checkpoint.save_json(summary, folder / "summary.json")  # the last file: where it is, the run is complete
     print_summary(summary, folder)
 
 
@@ -151,12 +152,22 @@ class Progress:
         self.args, self.trainer = args, trainer
         self.data = images.identity()
         self.history, self.references = [], {}  # a row an epoch; what the last one is compared with
-        self.training = self.seconds = 0.0  # in training epochs; of earlier commands
+        self.speeds, self.seconds = [], 0.0  # images/s of whole epochs; of the whole run
+        self.clock = time.perf_counter()
 
     def state(self) -> dict:
         """For a checkpoint: tensors and plain values."""
-        kept = {name: getattr(self, name) for name in ("data", "history", "references", "training", "seconds")}
+        now = time.perf_counter()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+        kept = {name: getattr(self, name) for name in ("data", "history", "references", "speeds", "seconds")}
         return {**self.trainer.state(), **kept, "script": "train_pretext", "settings": vars(self.args)}
+
+    def _summarised(self) -> int | None:
+        """The epochs that the folder's summary speaks of."""
+        try:
+            return json.loads(Path(self.args.resume, "summary.json").read_text())["epochs"]
+        except (OSError, ValueError, KeyError):
+            return None
 
     def save(self, folder: Path) -> None:
         """Write the folder's last checkpoint; the first rank does it for all."""
@@ -172,9 +183,14 @@ class Progress:
                 )
         checkpoint.fit(self.trainer.model, state["model"], f"the checkpoint in {self.args.resume}")
         self.trainer.restore(state)
-        for name in ("history", "references", "training", "seconds"):
+        for name in ("history", "references", "speeds", "seconds"):
             setattr(self, name, state[name])
-        if len(self.history) >= self.args.epochs and Path(self.args.resume, "summary.json").exists():
+        if self.trainer.taken > self.trainer.steps:
+            raise UsageError(
+                f"--resume {self.args.resume}: the run is in epoch {len(self.history) + 1} already; "
+                f"{self.args.epochs} --epochs are too few"
+            )
+        if len(self.history) == self.args.epochs == self._summarised():
             raise UsageError(
                 f"--resume {self.args.resume}: the run has all of its {self.args.epochs} epochs; --epochs gives more"
             )
@@ -184,12 +200,15 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
     """Every epoch: train, validate, log, save. Returns the last validation figures, references and speed."""
     args, trainer = progress.args, progress.trainer
     task, exam = trainer.task, trainer.task.validation()
+    shown = next(trainer.questions(val_loader, exam))
     if not progress.references:
         trainer.settle(train_loader)
         progress.references = {n: trainer.evaluate(val_loader, exam, score) for n, score in exam.baselines().items()}
         progress.references["untrained"] = untrained = trainer.evaluate(val_loader, exam)
         log.scalars(0, {f"val_{name}": value for name, value in untrained.items()})
         inspect(trainer, val_loader, log, 0)
+        if isinstance(shown, Question) and not RANK:
+            draw_mixtures(shown, exam.predict(trainer.answer(shown))).save(log.folder / "validation.before.png")
         progress.save(log.folder)
     # A run on another question than the fixed one is validated on its own as well.
     own = args.task == "mixup" and (task.candidates, task.sources) != (exam.candidates, exam.sources)
@@ -209,11 +228,9 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
                 **{name.replace("_", " "): [name] for name in SPEED},
             }
         )
-    shown = next(trainer.questions(val_loader, exam))
-    if isinstance(shown, Question) and not progress.history and not RANK:
-        draw_mixtures(shown, exam.predict(trainer.answer(shown))).save(log.folder / "validation.before.png")
 
     seen = len(train_loader) * args.batch_size  # images an epoch
+    speed = 0.0
     done = trainer.taken * args.batch_size
     bar = tqdm(total=args.epochs * seen, initial=done, unit="image", unit_scale=True, disable=RANK > 0 or None)
     with bar, cli.Interrupts() as interrupts:
@@ -222,6 +239,7 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
             due = args.checkpoint_every and trainer.taken % args.checkpoint_every == 0
             stop = distributed.any_rank(interrupts.signal is not None)
             if due or stop:
+                trainer.check(train_loader)
                 progress.save(log.folder)
             if stop:
                 raise Stopped(
@@ -234,12 +252,13 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
             bar.set_description(f"epoch {epoch}/{args.epochs}")
             clock, before = time.perf_counter(), trainer.taken
             means = trainer.train_epoch(train_loader, epoch - 1, bar, after_step)
-            seconds = time.perf_counter() - clock
-            progress.training += seconds
+            speed = (trainer.taken - before) * args.batch_size / (time.perf_counter() - clock)
+            if trainer.taken - before == len(train_loader):  # a whole epoch, not the rest of one
+                progress.speeds.append(speed)
             hardest = Hardest()
             scores = trainer.evaluate(val_loader, exam, look=hardest if isinstance(shown, Question) else None)
             figures = {f"train_{name}" if name in scores else name: value for name, value in means.items()}
-            figures |= {"images_per_second": (trainer.taken - before) * args.batch_size / seconds}
+            figures |= {"images_per_second": speed}
             figures |= {"memory_mb": memory(trainer.device)}
             figures |= {f"val_{name}": value for name, value in scores.items()}
             if own:
@@ -263,7 +282,7 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
     return {
         **{name: value for name, value in progress.history[-1].items() if name.startswith("val_")},
         "references": progress.references,
-        "images_per_second": args.epochs * seen / progress.training,
+        "images_per_second": statistics.harmonic_mean(progress.speeds or [speed]),
     }
 
 
@@ -311,7 +330,7 @@ def inspect(trainer: Trainer, val_loader, log: Log, epoch: int, projector: bool 
     images, rows = val_loader.dataset.images, val_loader.dataset.rows
     rows = rows[:: max(1, len(rows) // PROJECTED)][:PROJECTED]
     names = [images.listing.classes[label] if label >= 0 else "" for label in images.labels[rows].tolist()]
-    found = features(trainer.model.encoder, images.pixels[rows], trainer.task.size, trainer.device, trainer.amp)
+    found = features(trainer.model.encoder, images.pixels, rows, trainer.task.size, trainer.device, trainer.amp)
     log.histograms(trainer.model, epoch)
     log.picture("3 nearest neighbours", draw_neighbours(images.pixels[rows], found, names), epoch)
     kernels = next(p for p in trainer.model.encoder.parameters() if p.ndim == 4)

@@ -25,6 +25,7 @@ import torch
 
 import checkpoint
 import cli
+import distributed
 import transfer
 from data import open_images
 from engine import choose_amp, choose_device, device_name
@@ -68,7 +69,7 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     )
     cli.add_resume_options(cli.add_run_options(parser))
     args = parser.parse_args()
-    saved = cli.resume(parser, args)
+    saved = cli.resume(parser, args, {"device"})
     if not args.starts:
         raise UsageError("no START is given: name a pretext run's folder, an encoder.pt, or `scratch`")
     args.lr = args.lr or RATES.get(args.mode)
@@ -78,15 +79,22 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
 def main() -> None:
     """Assemble, train, report."""
     args, saved = parse()
+    distributed.alone()
     device = choose_device(args.device)
     amp = choose_amp(args.amp, device)
     starts = open_starts(args)
     folder = Path(args.resume) if args.resume else cli.choose_folder(args, f"transfer-{args.mode}")
     data = open_labelled(args)
     runs = saved["runs"] if saved else []
-    if saved and (saved["data"], saved["epochs"]) != (data.images.identity(), args.epochs):
-        what = "the data is another" if saved["epochs"] == args.epochs else "the runs that are done had other --epochs"
-        raise UsageError(f"--resume {args.resume}: {what}; start a new run")
+    state = {
+        "script": "train_transfer",
+        "settings": vars(args),
+        "data": data.images.identity(),
+        "starts": {start.name: start.fingerprint() for start in starts},
+    }
+    if saved and any(saved[name] != state[name] for name in ("data", "starts")):
+        what = "the data" if saved["data"] != state["data"] else "a START"
+        raise UsageError(f"--resume {args.resume}: {what} is another than it was; start a new run")
     cli.make_folder(folder, args, device_name(device))
     print(data.images.describe())
     print(
@@ -97,16 +105,26 @@ def main() -> None:
     recipe = transfer.Recipe(**{k: v for k, v in vars(args).items() if k in names} | {"device": device, "amp": amp})
     for file in folder.glob("events.out.tfevents.*"):
         file.unlink()  # what is done is shown again
-    with contextlib.closing(Log(folder)) as log:
+    checkpoint.save_last({**state, "runs": runs}, folder)
+    with contextlib.closing(Log(folder)) as log, cli.Interrupts() as interrupts:
         log.text("settings", (folder / "settings.json").read_text())
         for done in runs:
             show(done, data, log)
+
+        def after_step():
+            if interrupts.signal:
+                raise Stopped(
+                    "stopped; the run that was under way will be done again; "
+                    f"go on with: python train_transfer.py --resume {folder}",
+                    interrupts.signal,
+                )
+
         for seed, start in itertools.product(range(args.seed, args.seed + args.runs), starts):
             if not any((done["start"], done["seed"]) == (start.name, seed) for done in runs):
-                runs.append(run(start, data, recipe, seed, folder))
+                runs.append(run(start, data, recipe, seed, after_step))
                 show(runs[-1], data, log)
-                state = {"runs": runs, "data": data.images.identity(), "epochs": args.epochs}
-                checkpoint.save_last({**state, "script": "train_transfer", "settings": vars(args)}, folder)
+                checkpoint.save_last({**state, "runs": runs}, folder)
+                after_step()
     of = {start.name: [done for done in runs if done["start"] == start.name] for start in starts}
     summary = {name: summarise(args, mine, device) for name, mine in of.items()}
     checkpoint.write(folder / "predictions.csv", lambda stream: write_predictions(stream, runs, data))
@@ -135,20 +153,10 @@ def open_labelled(args: argparse.Namespace) -> transfer.Labelled:
     return transfer.Labelled(images, images.rows("train"), images.rows("val"))
 
 
-def run(start: transfer.Start, data: transfer.Labelled, recipe: transfer.Recipe, seed: int, folder: Path) -> dict:
-    """One run of one start -> what a checkpoint keeps of it. Raises Stopped where it is told to stop."""
+def run(start: transfer.Start, data: transfer.Labelled, recipe: transfer.Recipe, seed: int, after_step) -> dict:
+    """One run of one start -> what a checkpoint keeps of it. `after_step()` is called after every step."""
     clock, curve = time.perf_counter(), []
-    with cli.Interrupts() as interrupts:
-
-        def after_step():
-            if interrupts.signal:
-                raise Stopped(
-                    "stopped; the run that was under way will be done again; "
-                    f"go on with: python train_transfer.py --resume {folder}",
-                    interrupts.signal,
-                )
-
-        answer = transfer.classify(start, data, recipe, seed, lambda *epoch: curve.append(epoch), after_step)
+    answer = transfer.classify(start, data, recipe, seed, lambda *epoch: curve.append(epoch), after_step)
     accuracies = answer.accuracies(data.images.labels[data.val])
     said = ", ".join(f"{title(name, data)} {value:.1%}" for name, value in accuracies.items())
     print(f"{start.name}, seed {seed}: {said}")

@@ -9,6 +9,7 @@ at the last epoch, without test-time tricks. The classes of `val/` have a tenth 
 what is reported is corrected for the class prior; the figure without the correction stands beside it.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -41,6 +42,13 @@ class Start:
     size: int  # side of a view, px
     data: str  # what it was pretrained on
     state: dict | None  # the encoder's weights; None: random ones
+
+    def fingerprint(self) -> str:
+        """Another one for other weights."""
+        digest = hashlib.sha256(self.encoder.encode())
+        for name, value in (self.state or {}).items():
+            digest.update(name.encode() + value.numpy().tobytes())
+        return digest.hexdigest()
 
     def build(self, seed: int) -> nn.Module:
         """The encoder, with `out_features`; from scratch its weights depend on the seed."""
@@ -140,7 +148,7 @@ def classify(
     if recipe.mode == "finetune" and not recipe.freeze:
         return _train(model, data, recipe, seed, report, after_step)
     train, val = (
-        features(encoder, data.images.pixels[rows], recipe.size, recipe.device, recipe.amp)
+        features(encoder, data.images.pixels, rows, recipe.size, recipe.device, recipe.amp)
         for rows in (data.train, data.val)
     )
     if recipe.mode == "knn":

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
 import cli
+import distributed
 from augment import augment
 from data import get_dataloaders, open_pretext
 from engine import Trainer, choose_amp, choose_device, device_name
@@ -110,6 +111,7 @@ def main() -> None:
     args = parser.parse_args()
     if NTXentLoss is None:
         raise UsageError("the package lightly is missing: pip install -r benchmarks/requirements.txt")
+    distributed.alone()
     train(args)
 
 

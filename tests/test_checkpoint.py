@@ -51,3 +51,31 @@ def test_what_differs_is_listed():
         checkpoint.fit(torch.nn.Sequential(torch.nn.Linear(2, 5), torch.nn.Linear(5, 4)), state, "this")
     with pytest.raises(UsageError, match="this holds no weights"):
         checkpoint.fit(torch.nn.Linear(2, 5), {"epoch": 1}, "this")
+
+
+def test_killed_between_two_renames(tmp_path):
+    for epoch in (1, 2):
+        checkpoint.save_last({"epoch": epoch}, tmp_path)
+    (tmp_path / checkpoint.LAST).rename(tmp_path / checkpoint.BEFORE)
+    checkpoint.save({"epoch": 3}, tmp_path / checkpoint.NEW)
+    assert checkpoint.load_last(tmp_path) == {"epoch": 3}
+
+
+def test_a_damaged_checkpoint_does_not_replace_the_good_one(tmp_path):
+    for epoch in (1, 2):
+        checkpoint.save_last({"epoch": epoch}, tmp_path)
+    (tmp_path / checkpoint.LAST).write_bytes(b"damaged")
+    said = []
+    assert checkpoint.load_last(tmp_path, said.append) == {"epoch": 1}
+    assert "checkpoint.pt is damaged" in said[0]
+    checkpoint.save_last({"epoch": 3}, tmp_path)
+    (tmp_path / checkpoint.LAST).write_bytes(b"damaged")
+    assert checkpoint.load_last(tmp_path, said.append) == {"epoch": 1}
+
+
+def test_a_lock_is_held_by_one(tmp_path):
+    held = checkpoint.lock(tmp_path / "lock")
+    with pytest.raises(BlockingIOError):
+        checkpoint.lock(tmp_path / "lock")
+    held.close()
+    checkpoint.lock(tmp_path / "lock").close()

@@ -263,3 +263,15 @@ def test_where_images_live_follows_the_free_memory(cache, monkeypatch):
         assert choose_place("auto", images, gpu) == expected
     assert choose_place("auto", images, torch.device("cpu")) == "stream"
     assert choose_place("device", images, torch.device("cpu")) == "device"
+
+
+def test_a_class_that_is_added_moves_no_label(labelled, tmp_path):
+    """An empty folder changes the numbers of the classes behind it, and no file."""
+    before = open_images(list_data(str(labelled)), 16, tmp_path)
+    (labelled / "train" / "aaa").mkdir()
+    after = open_images(list_data(str(labelled)), 16, tmp_path)
+    for images in (before, after):
+        names = images.listing.classes
+        for entry, label in zip(images.listing.entries, images.labels.tolist(), strict=True):
+            if entry.split != "unsup":
+                assert names[label] == entry.path.split("/")[1]

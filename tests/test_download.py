@@ -315,3 +315,26 @@ def test_a_disk_that_is_full_of_decoded_images(small_disk, folder, script):
     end = script("train_pretext.py", "--data", folder, "--data-dir", small_disk, "--batch-size", 8, "--out", "run")
     assert end.status == 1 and "is full" in end.err and "free some" in end.err and end.err.count("\n") == 1
     assert tree(small_disk) == {} and not Path("run").exists()
+
+
+def test_a_network_that_fails_for_a_moment(server, good, tmp_path, monkeypatch):
+    opened, calls = download.urllib.request.urlopen, []
+
+    def flaky(*args, **options):
+        calls.append(args)
+        if len(calls) < 3:
+            raise OSError(101, "Network is unreachable")
+        return opened(*args, **options)
+
+    monkeypatch.setattr(download.urllib.request, "urlopen", flaky)
+    assert tree(fetch(NAME, tmp_path)) == unpacked(good[1])
+
+
+def test_two_runs_that_fetch_at_once(server, good, tmp_path):
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(tree(fetch(NAME, tmp_path)))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [unpacked(good[1])] * 3 and server.asked == (None,)

@@ -109,18 +109,18 @@ def test_divergence_harms_no_weight_and_is_traced(loaders, where):
     kept = []
 
     def poison(module, inputs, output):
-        if t.taken == 3:
+        if t.taken == 2 and not kept:
             kept.append({name: p.clone() for name, p in t.model.named_parameters()})
-        if t.taken >= 3 and where == "output":
+        if t.taken >= 2 and where == "output":
             return output * float("inf")
-        if t.taken >= 3 and output.requires_grad:
+        if t.taken >= 2 and output.requires_grad:
             output.register_hook(lambda gradient: gradient * float("nan"))
 
     t.model.encoder.convs[1].register_forward_hook(poison)
     message = (
         r"step 3 of epoch 1, .*"
         + {
-            "output": r"the output of encoder\.(convs\.2|convs)",
+            "output": r"the output of encoder\.convs\.1",
             "gradient": r"the gradient of encoder\.convs\.1",
         }[where]
     )
@@ -183,3 +183,19 @@ def test_no_synchronisation_inside_a_step(loaders):
         t.step(t.task(images.to("cuda", non_blocking=True), generator(0)), 6)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_an_optimiser_that_is_not_fused(loaders):
+    """As on Apple's GPUs: it takes no word of a broken step, so the step is left out."""
+    t = trainer()
+    t.fused = False
+    groups = [{name: group[name] for name in ("params", "rate", "weight_decay")} for group in t.optimizer.param_groups]
+    t.optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=False)
+    before = {name: p.clone() for name, p in t.model.named_parameters()}
+    t.train_epoch(loaders[0], 0, Bar())
+    assert not all(torch.equal(p, before[name]) for name, p in t.model.named_parameters())
+    state = t.state()
+    other = trainer()
+    other.restore(state)
+    assert all(group["fused"] for group in other.optimizer.param_groups)
+    other.train_epoch(loaders[0], 1, Bar())

@@ -274,3 +274,44 @@ def test_a_cache_that_is_removed_during_the_run(script, cache, whole, tmp_path, 
     end = script("train_pretext.py", *QUICK, "--data-dir", "decoded", "--out", "run")
     assert end.status == 0, end.err
     assert same(weights("run"), weights(whole))
+
+
+def test_fewer_epochs_than_are_done_are_refused(script, stopped):
+    end = script("train_pretext.py", "--resume", stopped, "--epochs", 1)
+    assert end.status == 2 and "the run is in epoch 2 already; 1 --epochs are too few" in end.err
+
+
+def test_a_longer_run_that_was_killed_before_its_summary(script, cache):
+    assert script("train_pretext.py", *QUICK, "--data-dir", cache, "--out", "run", "--epochs", 1).status == 0
+    summary = Path("run/summary.json").read_text()
+    assert script("train_pretext.py", "--resume", "run", "--epochs", 2).status == 0
+    Path("run/summary.json").write_text(summary)
+    end = script("train_pretext.py", "--resume", "run", "--epochs", 2)
+    assert end.status == 0 and '"epochs": 2' in Path("run/summary.json").read_text(), end.err
+
+
+def test_the_picture_before_training_stays(script, cache, stop_after):
+    disarm = stop_after(3)
+    assert script("train_pretext.py", *QUICK, "--data-dir", cache, "--out", "run").status == 143
+    disarm()
+    before = Path("run/validation.before.png").read_bytes()
+    assert script("train_pretext.py", "--resume", "run", "--epochs", 1).status == 0
+    assert Path("run/validation.before.png").read_bytes() == before != Path("run/validation.png").read_bytes()
+
+
+def test_no_checkpoint_is_written_after_a_broken_step(script, cache, monkeypatch):
+    from engine import Trainer
+
+    ask = Trainer.ask
+
+    def poison(self, task, images, labels, rng):
+        question = ask(self, task, images, labels, rng)
+        broken = torch.is_grad_enabled() and self.taken == 9
+        return question._replace(mixtures=question.mixtures * float("nan")) if broken else question
+
+    monkeypatch.setattr(Trainer, "ask", poison)
+    end = script("train_pretext.py", *QUICK, "--data-dir", cache, "--out", "run", "--checkpoint-every", 1)
+    assert end.status == 1 and "step 3 of epoch 2" in end.err and end.err.count("\n") == 1
+    state = checkpoint.load_last(Path("run"))
+    assert state["schedule"]["taken"] == 9
+    assert all(value.isfinite().all() for value in state["model"].values())

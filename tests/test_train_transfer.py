@@ -180,3 +180,34 @@ def test_stopped_and_resumed_is_as_if_never_stopped(transfer, script, pretrained
     for curve in events.Tags()["scalars"]:
         assert [event.step for event in events.Scalars(curve)] == [1, 2], curve
     assert [event.step for event in events.Images("mistakes/scratch")] == [0, 1]
+
+
+def test_stopped_in_its_first_run(transfer, script, monkeypatch):
+    import os
+    import signal
+
+    from engine import Trainer
+
+    step = Trainer.step
+
+    def stop(self, question, at):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(self, question, at)
+
+    monkeypatch.setattr(Trainer, "step", stop)
+    end, _ = transfer("scratch", "--mode", "linear", "--size", 16)
+    assert end.status == 130 and "--resume out" in end.err
+    monkeypatch.setattr(Trainer, "step", step)
+    assert script("train_transfer.py", "--resume", "out").status == 0
+
+
+def test_another_start_than_it_was(transfer, script, pretrained, tmp_path):
+    import shutil
+
+    shutil.copytree(pretrained, "mine")
+    end, _ = transfer("mine", "--mode", "knn")
+    assert end.status == 0, end.err
+    torch.manual_seed(8)
+    torch.save(build_encoder("conv").state_dict(), "mine/encoder.pt")
+    end = script("train_transfer.py", "--resume", "out")
+    assert end.status == 2 and "a START is another than it was" in end.err
