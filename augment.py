@@ -17,9 +17,7 @@ GREY = torch.tensor([0.299, 0.587, 0.114])  # luma, ITU-R BT.601
 TO_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 FROM_YIQ = torch.linalg.inv(TO_YIQ)
 
-import os  # noqa: E402
-
-CROP_AREA = (float(os.environ.get("UNMIX_CROP", 0.3)), 1.0)  # share of the image that a view shows
+CROP_AREA = (0.3, 1.0)  # share of the image that a view shows
 CROP_ASPECT = (3 / 4, 4 / 3)  # width / height of the crop
 BRIGHTNESS = CONTRAST = SATURATION = 0.4  # factors drawn from 1 ± this
 HUE = 0.1  # turn of the hue circle, ±

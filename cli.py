@@ -29,6 +29,7 @@ from errors import RunError, Stopped, UsageError
 from models import DECODERS, ENCODERS
 from tasks import ACTIVATIONS, LOSSES, TASKS, LabelTask, MixupTransform, WeightTask, build_task
 
+MIXING = ("pure", "symmetric", "regions", "contrast", "beta")
 CANDIDATES, DECODER = 8, "ridge"  # of the default recipe
 RUN_FILES = (
     "settings*.json",
@@ -150,31 +151,30 @@ def add_task_options(parser: Parser, candidates: int | str) -> None:
         default=True,
         help="ask about another view (crop, flip, colour) than the one that was mixed",
     )
-    group.add_argument("--pure", type=share, default=0.0, help="share of the mixtures that hold one image alone")
-    group.add_argument(
-        "--symmetric",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="with `--candidates batch`: ask also how much of each mixture comes from a candidate",
-    )
-    group.add_argument("--regions", type=share, default=0.0, help="share of mixtures by pasting")
-    group.add_argument("--contrast", action="store_true", help="ask about the seen views as well")
-    group.add_argument("--beta", type=rate, help="weights from Beta(b, b) (default: uniform)")
     group.add_argument(
         "--activation", choices=ACTIVATIONS, default="softmax", help="weights as a distribution, or each by itself"
     )
     group.add_argument("--loss", choices=LOSSES, default="kl", help="cross-entropy less its floor, or squared error")
 
 
+def add_recipe_options(parser: Parser) -> None:
+    """--symmetric, --contrast, --pure, --regions, --beta, --hidden, --temperature."""
+    group = parser.add_argument_group("recipe", "what benchmarks/search.py varies; see RESULTS.md")
+    batch = "with `--candidates batch`: "
+    group.add_argument(
+        "--symmetric", action="store_true", help=f"{batch}ask also how much of each mixture comes from a candidate"
+    )
+    group.add_argument("--contrast", action="store_true", help=f"{batch}ask about every view unmixed as well")
+    group.add_argument("--pure", type=share, default=0.0, help="share of the mixtures that hold one image alone")
+    group.add_argument("--regions", type=share, default=0.0, help="share of the mixtures that are pasted, not blended")
+    group.add_argument("--beta", type=rate, help="weights from Beta(b, b) (default: uniform)")
+    group.add_argument("--hidden", type=whole(0), default=0, help="width of the projection's hidden layer; 0: linear")
+    group.add_argument("--temperature", type=rate, help="of `--decoder cosine` (default: learned)")
+
+
 def make_task(args: argparse.Namespace, batch: int, batch_name: str) -> WeightTask | LabelTask:
     """The task that the options describe. Raises UsageError where a batch of `batch` images is too small for it."""
-    mixing = {
-        "pure": args.pure,
-        "symmetric": args.symmetric,
-        "regions": args.regions,
-        "contrast": args.contrast,
-        "beta": args.beta,
-    }
+    mixing = {name: vars(args)[name] for name in MIXING if name in vars(args)}
     task = build_task(
         args.task, args.candidates, args.sources, args.views, args.size, args.activation, args.loss, **mixing
     )
@@ -189,7 +189,6 @@ def add_model_options(parser: Parser) -> argparse._ArgumentGroup:
     """--encoder, --decoder. Returns their group."""
     group = parser.add_argument_group("network")
     group.add_argument("--encoder", choices=ENCODERS, default="conv", help="what is kept")
-    group.add_argument("--hidden", type=whole(0), default=0, help="width of the projection's hidden layer; 0: linear")
     group.add_argument("--decoder", choices=DECODERS, default=DECODER, help="what compares mixture and candidate")
     return group
 

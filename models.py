@@ -107,7 +107,7 @@ class DotDecoder(nn.Module):
 
 
 class Projection(nn.Sequential):
-    """Linear, then each direction to mean 0 and variance 1 over the batch: R D -> R P.
+    """Linear (with `hidden`, an MLP), then each direction to mean 0 and variance 1 over the batch: R D -> R P.
 
     The features are not negative, so without the centring all images point the same way.
     """
@@ -127,18 +127,16 @@ class Projection(nn.Sequential):
 
 
 class CosineDecoder(nn.Module):
-    """The cosine of the projections, times a learned scale (an inverse temperature) that starts at 10.
+    """The cosine of the projections over a temperature: a fixed one, or None: learned from 0.1 on.
 
     Cosine over a temperature: SimCLR (Chen et al. 2020, section 2.1).
     """
 
-    def __init__(self, features: int, hidden: int = 0, projection: int = 256):
+    def __init__(self, features: int, hidden: int = 0, projection: int = 256, temperature: float | None = None):
         super().__init__()
         self.project = Projection(features, projection, hidden)
-        import os
-
-        t = float(os.environ.get("UNMIX_T", 0))
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / t if t else 10.0)), requires_grad=not t)
+        learned = temperature is None
+        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0 if learned else 1 / temperature)), learned)
 
     def forward(self, mixtures, asked, candidates):
         mixtures, asked = (nn.functional.normalize(z, dim=1) for z in self.project(mixtures, asked))  # B P, A P
@@ -225,18 +223,30 @@ def build_encoder(name: str, pretrained: bool = False) -> nn.Module:
     return ConvEncoder() if name == "conv" else TorchvisionEncoder(name, pretrained)
 
 
-def build_decoder(name: str, features: int, hidden: int = 0) -> nn.Module:
-    """The decoder of that name, one of DECODERS, on D = `features`; `hidden`: see Projection."""
+def build_decoder(name: str, features: int, hidden: int = 0, temperature: float | None = None) -> nn.Module:
+    """The decoder of that name, one of DECODERS, on D = `features`.
+
+    hidden       width of the projection's hidden layer; 0: the projection is linear
+    temperature  of `cosine` alone, see there
+
+    Raises UsageError where the name is unknown, or another decoder is given a temperature.
+    """
     decoders = {"ridge": RidgeDecoder, "cosine": CosineDecoder, "mlp": MLPDecoder, "dot": DotDecoder}
     if name not in decoders:
         raise UsageError(f"decoder {name!r} is unknown: use one of {', '.join(decoders)}")
-    return decoders[name](features, hidden)
+    if temperature is None:
+        return decoders[name](features, hidden)
+    if name != "cosine":
+        raise UsageError(f"--temperature is of --decoder cosine; {name} has none")
+    return CosineDecoder(features, hidden, temperature=temperature)
 
 
 def build_model(
-    encoder: str, decoder: str, size: int, classes: int | None = None, pretrained: bool = False, hidden: int = 0
+    encoder: str, decoder: str, size: int, classes: int | None = None, pretrained: bool = False, **comparison
 ) -> Unmixer | Classifier:
     """The network for views of `size` px: an Unmixer, or with `classes` a Classifier, which has no decoder.
+
+    `comparison` are the options of `build_decoder`.
 
     Raises UsageError where the views are too small for the encoder.
     """
@@ -247,4 +257,4 @@ def build_model(
     except RuntimeError as error:
         raise UsageError(f"--size {size} is too small for the encoder {encoder}; use 32 or more") from error
     net.train()
-    return Classifier(net, classes) if classes else Unmixer(net, build_decoder(decoder, net.out_features, hidden))
+    return Classifier(net, classes) if classes else Unmixer(net, build_decoder(decoder, net.out_features, **comparison))

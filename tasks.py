@@ -130,11 +130,11 @@ class MixupTransform(WeightTask):
             raise UsageError(
                 f"candidates is {candidates}: the {sources} sources are among them, so use {max(2, sources)} or more"
             )
-        if symmetric and candidates != "batch":
-            raise UsageError(
-                "--symmetric asks how much of each mixture comes from a candidate, so all images of the "
-                "batch have to be candidates: add --candidates batch"
-            )
+        if (symmetric or contrast) and candidates != "batch":
+            name = "symmetric" if symmetric else "contrast"
+            raise UsageError(f"--{name} needs every image of the batch among the candidates: add --candidates batch")
+        if regions and sources != 2:
+            raise UsageError(f"--regions pastes one image into another: it takes 2 --sources, not {sources}")
         self.candidates, self.sources, self.views = candidates, sources, views
         self.pure, self.symmetric, self.regions, self.contrast = pure, symmetric, regions, contrast
         self.dist = dist if dist is not None else Uniform(0.0, 1.0)

@@ -63,6 +63,7 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     cli.add_data_options(parser)
     cli.add_task_options(parser, candidates=cli.CANDIDATES)
     cli.add_model_options(parser)
+    cli.add_recipe_options(parser)
     group = cli.add_loop_options(parser, lr=1e-3)
     group.add_argument("--epochs", type=cli.whole(1), default=50, help="passes over the images")
     group.add_argument("--batch-size", type=cli.whole(2), default=64, help="images in a step")
@@ -89,7 +90,9 @@ def main() -> None:
     amp = choose_amp(args.amp, device)
     task = cli.make_task(args, args.batch_size, "--batch-size")
     torch.manual_seed(args.seed)
-    model = build_model(args.encoder, args.decoder, args.size, task.classes, hidden=args.hidden)
+    model = build_model(
+        args.encoder, args.decoder, args.size, task.classes, hidden=args.hidden, temperature=args.temperature
+    )
     if args.batch_size % RANKS:
         raise UsageError(
             f"--batch-size {args.batch_size} is not a multiple of the {RANKS} processes; change one of them"

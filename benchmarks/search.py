@@ -46,10 +46,9 @@ RECIPES = {  # name: (encodes an image, command; None: from scratch, what it tau
     "hidden-pure-50": (2, f"{BATCH} --symmetric --hidden 512 --pure 0.5", ""),
     "contrast": (3, f"{BATCH} --symmetric --contrast", ""),
     "regions": (2, f"{BATCH} --symmetric --regions 0.5", ""),
-    "crop-15": (2, f"UNMIX_CROP=0.15 {BATCH} --symmetric", ""),
-    "crop-50": (2, f"UNMIX_CROP=0.5 {BATCH} --symmetric", ""),
-    "t-0.2": (2, f"UNMIX_T=0.2 {BATCH} --symmetric", ""),
-    "t-0.1": (2, f"UNMIX_T=0.1 {BATCH} --symmetric", ""),
+    "ridge-contrast": (3, "train_pretext.py --decoder ridge --candidates batch --symmetric --contrast", ""),
+    "t-0.2": (2, f"{BATCH} --symmetric --temperature 0.2", ""),
+    "t-0.1": (2, f"{BATCH} --symmetric --temperature 0.1", ""),
     "beta-0.4": (2, f"{BATCH} --symmetric --beta 0.4", ""),
     "sources-3": (2, f"{BATCH} --symmetric --sources 3", ""),
     "batch-128": (2, f"{BATCH} --symmetric --batch-size 128", ""),
@@ -128,15 +127,13 @@ def experiment(args: argparse.Namespace, name: str, seed: int) -> None:
 def call(words: list, log: Path) -> None:
     """Run a script of the project with one thread, its output to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    env = [w for w in map(str, words) if w.startswith("UNMIX_")]
-    words = [w for w in words if w not in env]
     command = [sys.executable, ROOT / words[0], *words[1:]]
     with open(log, "w") as stream:
         done = subprocess.run(
             list(map(str, command)),
             stdout=stream,
             stderr=stream,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **dict(e.split("=") for e in env)},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
     if done.returncode:
         sys.exit(f"{shlex.join(map(str, command))} failed:\n{log.read_text()[-2000:]}")

@@ -136,3 +136,18 @@ def test_no_weight_of_the_ridge_decoder_is_out_of_reach():
     assert logits[0, 0] < -10 and logits.isfinite().all()
     (gradient,) = torch.autograd.grad(logits[0, 0], mixtures)
     assert gradient.norm() > 1
+
+
+def test_a_temperature_is_learned_or_fixed():
+    learned, fixed = build_decoder("cosine", 8), build_decoder("cosine", 8, temperature=0.2)
+    assert learned.log_scale.requires_grad and not fixed.log_scale.requires_grad
+    assert fixed.log_scale.exp().item() == pytest.approx(5)
+    with pytest.raises(UsageError, match="--temperature is of --decoder cosine"):
+        build_decoder("ridge", 8, temperature=0.2)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_hidden_layer(name):
+    mixtures, asked = torch.randn(2, 6, 8)
+    logits = build_decoder(name, 8, hidden=5)(mixtures, asked, torch.arange(6).expand(6, 6))
+    assert logits.shape == (6, 6) and logits.isfinite().all()

@@ -216,3 +216,66 @@ def test_unknown_tasks():
     with pytest.raises(UsageError, match="--candidates 3"):
         build_task("scale", "batch")
     assert all(build_task(name) for name in TASKS)
+
+
+def test_pure_mixtures_hold_one_image(batch):
+    questions = [ask(batch, "batch", pure=0.3, seed=seed) for seed in range(20)]
+    alone = torch.cat([(q.weights == 1).any(dim=1) for q in questions])
+    assert abs(alone.float().mean() - 0.3) < 0.05
+    q = ask(batch, "batch", pure=1.0, views=False)
+    assert torch.equal(q.weights, torch.eye(24)) and torch.equal(q.mixtures, q.asked)
+
+
+def test_asked_both_ways(batch):
+    task = MixupTransform("batch", symmetric=True)
+    q = task(batch, generator(0))
+    logits = torch.randn(24, 24)
+    shares = q.weights.T / q.weights.T.sum(dim=1, keepdim=True)
+    expected = (unmixing_loss(logits, q.weights, "softmax") + unmixing_loss(logits.T, shares, "softmax")) / 2
+    assert torch.isclose(task.score(logits, q)["loss"], expected)
+    assert task.validation().symmetric is False
+
+
+def test_pasted_boxes_have_the_area_of_their_weight(batch):
+    q = ask(batch, "batch", regions=1.0, views=False)
+    for i in range(24):
+        j = int(q.weights[i].masked_fill(torch.arange(24) == i, 0).argmax())
+        own = (q.mixtures[i] == q.asked[i]).all(dim=0)
+        other = (q.mixtures[i] == q.asked[j]).all(dim=0)
+        assert (own | other).all()
+        box = ~own
+        assert abs(box.float().mean() - q.weights[i, j]) < 0.02  # but for pixels that are the same in both
+        rows, columns = box.any(dim=1).nonzero(), box.any(dim=0).nonzero()
+        if len(rows):
+            height, width = (int(x.max() - x.min()) + 1 for x in (rows, columns))
+            assert box.sum() > 0.95 * height * width  # it is a box
+
+
+def test_contrast_asks_about_every_view_unmixed_as_well(batch):
+    plain, both = ask(batch, "batch"), ask(batch, "batch", contrast=True)
+    assert both.mixtures.shape[0] == both.candidates.shape[0] == both.weights.shape[0] == 48
+    for name in ("mixtures", "weights"):
+        assert torch.equal(getattr(both, name)[:24], getattr(plain, name))
+    assert torch.equal(both.weights[24:], torch.eye(24)) and torch.equal(both.asked, plain.asked)
+    seen = augment(batch, 32, _after_drawing(batch))
+    assert torch.equal(both.mixtures[24:], seen)
+
+
+def _after_drawing(batch):
+    """The generator as it is when the views are drawn."""
+    rng = generator(0)
+    MixupTransform("batch")._draw(len(batch), len(batch), rng)
+    return rng
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"candidates": 8, "symmetric": True}, "--symmetric needs every image"),
+        ({"candidates": 8, "contrast": True}, "--contrast needs every image"),
+        ({"candidates": "batch", "sources": 3, "regions": 0.5}, "--regions pastes one image into another"),
+    ],
+)
+def test_recipes_that_make_no_sense(options, message):
+    with pytest.raises(UsageError, match=message):
+        MixupTransform(**options)
