@@ -211,7 +211,7 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
         log.scalars(0, {f"val_{name}": value for name, value in untrained.items()})
         inspect(trainer, val_loader, log, 0)
         if isinstance(shown, Question) and not RANK:
-            draw_mixtures(shown, exam.predict(trainer.answer(shown))).save(log.folder / "validation.before.png")
+            draw(exam, shown, trainer.answer(shown)).save(log.folder / "validation.before.png")
         progress.save(log.folder)
     # A run on another question than the fixed one is validated on its own as well.
     own = args.task == "mixup" and (task.candidates, task.sources) != (exam.candidates, exam.sources)
@@ -258,8 +258,8 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
             speed = (trainer.taken - before) * args.batch_size / (time.perf_counter() - clock)
             if trainer.taken - before == len(train_loader):  # a whole epoch, not the rest of one
                 progress.speeds.append(speed)
-            hardest = Hardest()
-            scores = trainer.evaluate(val_loader, exam, look=hardest if isinstance(shown, Question) else None)
+            answers = Answers()
+            scores = trainer.evaluate(val_loader, exam, look=answers if isinstance(shown, Question) else None)
             figures = {f"train_{name}" if name in scores else name: value for name, value in means.items()}
             figures |= {"images_per_second": speed}
             figures |= {"memory_mb": memory(trainer.device)}
@@ -267,12 +267,14 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
             if own:
                 figures |= {f"val_own_{name}": value for name, value in trainer.evaluate(val_loader, task).items()}
             clock = time.perf_counter()
-            if isinstance(shown, Question) and not RANK:
-                picture = draw_mixtures(shown, exam.predict(trainer.answer(shown)))
-                picture.save(log.folder / "validation.png", compress_level=1)
+            seldom = args.inspect_every and (epoch % args.inspect_every == 0 or epoch == args.epochs)
+            if answers.first and not RANK:
+                picture = draw(exam, *answers.first)
                 log.picture("1 validation", picture, epoch)
-                log.picture("2 hardest of validation", draw_mixtures(*hardest.found(exam)), epoch)
-            if args.inspect_every and (epoch % args.inspect_every == 0 or epoch == args.epochs):
+                log.picture("2 hardest of validation", draw(exam, *answers.hardest()), epoch)
+                if seldom or epoch == args.epochs:
+                    picture.save(log.folder / "validation.png")
+            if seldom:
                 inspect(trainer, val_loader, log, epoch, projector=epoch == args.epochs)
             log.epoch(epoch, {**figures, "logging_seconds": time.perf_counter() - clock, **constant})
             progress.history = log.history
@@ -303,27 +305,33 @@ def charts(names: list[str], own: bool) -> dict[str, list[str]]:
     return found
 
 
-class Hardest:
-    """Collects the mixtures that the network is most wrong about."""
+def draw(task, question: Question, logits: torch.Tensor):
+    """The picture of some mixtures and what the network said of them."""
+    return draw_mixtures(question, task.predict(logits))
+
+
+class Answers:
+    """Looks over the network's shoulder at validation: its answers to the first question, and its worst ones."""
 
     def __init__(self, most: int = 8):
-        self.most, self.rows = most, []
+        self.most, self.rows, self.first = most, [], None
 
     def __call__(self, question: Question, logits: torch.Tensor) -> None:
         """Look at the answers to a question: logits B n."""
+        self.first = self.first or (question, logits)
         wrong, rows = divergence(logits, question.weights, "softmax").topk(min(self.most, len(logits)))
         views = question.asked[question.candidates[rows]]  # m n 3 S S
         self.rows += zip(
             wrong.tolist(), question.mixtures[rows], views, question.weights[rows], logits[rows], strict=True
         )
 
-    def found(self, task) -> tuple[Question, torch.Tensor]:
-        """They as a question, the worst first, and the weights that were predicted."""
+    def hardest(self) -> tuple[Question, torch.Tensor]:
+        """The mixtures that it is most wrong about, as a question, the worst first, and its logits."""
         worst = sorted(self.rows, key=lambda row: -row[0])[: self.most]
         mixtures, views, weights, logits = (torch.stack(column) for column in list(zip(*worst, strict=True))[1:])
         m, n = weights.shape
         candidates = torch.arange(m * n, device=weights.device).view(m, n)
-        return Question(mixtures, views.flatten(0, 1), candidates, weights), task.predict(logits)
+        return Question(mixtures, views.flatten(0, 1), candidates, weights), logits
 
 
 def inspect(trainer: Trainer, val_loader, log: Log, epoch: int, projector: bool = True) -> None:
