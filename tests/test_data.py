@@ -1,10 +1,13 @@
 import hashlib
 import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import data
@@ -275,3 +278,19 @@ def test_a_class_that_is_added_moves_no_label(labelled, tmp_path):
         for entry, label in zip(images.listing.entries, images.labels.tolist(), strict=True):
             if entry.split != "unsup":
                 assert names[label] == entry.path.split("/")[1]
+
+
+def test_two_processes_that_build_the_same_cache_at_once(folder, tmp_path):
+    program = (
+        "import sys\n"
+        "from data import open_images\n"
+        "from listing import list_data\n"
+        "print(open_images(list_data(sys.argv[1]), 16, sys.argv[2]).pixels[:].sum())\n"
+    )
+    words = [sys.executable, "-c", program, str(folder), str(tmp_path / "shared")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    both = [subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    sums = [process.communicate(timeout=120)[0] for process in both]
+    alone = open_images(list_data(str(folder)), 16, tmp_path / "alone").pixels[:].sum()
+    assert [int(found) for found in sums] == [alone, alone]
+    assert len(list((tmp_path / "shared" / "cache").iterdir())) == 1
