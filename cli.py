@@ -215,7 +215,11 @@ def add_run_options(parser: Parser) -> argparse._ArgumentGroup:
 
 def add_resume_options(group: argparse._ArgumentGroup) -> None:
     """--resume."""
-    group.add_argument("--resume", metavar="FOLDER", help="go on with the run that this folder holds, as it was set")
+    group.add_argument(
+        "--resume",
+        metavar="FOLDER",
+        help="go on with the run that this folder holds, as it was set (default: a new run)",
+    )
 
 
 def resume(parser: Parser, args: argparse.Namespace, may_change: set[str]) -> dict | None:
