@@ -41,7 +41,7 @@ from data import Images, get_dataloaders, open_images, workers
 from engine import Trainer, choose_amp, choose_device, device_name
 from errors import RunError, UsageError
 from listing import Entry, Listing, list_data
-from models import ENCODERS, build_model
+from models import ENCODERS, build_encoder, build_model
 from tasks import Question, build_task
 
 KINDS = ("limit", "ours", "obvious", "lightly", "decode", "growth")
@@ -243,18 +243,21 @@ def lightly(args: argparse.Namespace) -> dict | None:
         from lightly.data import LightlyDataset
         from lightly.transforms import SimCLRTransform
 
-        from benchmarks.peers import Agree, NTXentLoss, SimCLR
+        from benchmarks.peers import Agree, NTXentLoss, SimCLR, TwoViews
     except ImportError:
         return None
-    trainer, device = build(args, None)
-    model = SimCLR(trainer.model.encoder, 512)
-    trainer = Trainer(model, Agree(args.size, NTXentLoss(0.5)), lr=1e-3, steps=10**6, device=device, amp=trainer.amp)
+    device = choose_device(args.device)
+    torch.manual_seed(0)
+    model = SimCLR(build_encoder(args.encoder), 512)
+    amp = choose_amp(args.amp, device)
+    trainer = Trainer(model, Agree(args.size, NTXentLoss(0.5)), lr=1e-3, steps=10**6, device=device, amp=amp)
+    if args.compile:
+        model.encoder.compile()
+    model.train()
     data = LightlyDataset(args.data, transform=SimCLRTransform(args.size))
     loader = DataLoader(data, args.batch_size, shuffle=True, drop_last=True, **WORKERS)
 
     def step(batch, number):
-        from benchmarks.peers import TwoViews
-
         trainer.step(TwoViews(torch.cat(batch[0]).to(device, non_blocking=True)), number)
 
     return {"images_per_second": _loaded(loader, step, args, device)}
@@ -309,31 +312,17 @@ def growth(args: argparse.Namespace, count: int) -> dict:
             for _ in range(count // 1000):
                 stream.write(block)
         del block
-        return _stream(args, file, count, side)
+        pixels = np.memmap(file, np.uint8, "r", shape=(count, 3, side, side))
+        entries = [Entry(f"{i}", "unsup", -1) for i in range(count)]
+        listing = Listing("growth", "growth", {}, [], entries, [], None, side, "")
+        images = Images(listing, pixels, torch.full((count,), -1))
+        trainer, device = build(args, build_task("mixup", cli.CANDIDATES, size=args.size))
+        loader, _ = get_dataloaders(images, range(count), range(3), args.batch_size, 0, device, "stream")
 
+        def step(batch, number):
+            trainer.step(trainer.ask(trainer.task, *batch, generator(0, number)), number)
 
-def _stream(args, file, count, side):
-    entries = [Entry(f"{i}", "unsup", -1) for i in range(count)]
-    listing = Listing("growth", "growth", {}, [], entries, [], None, side, "")
-    pixels = np.memmap(file, np.uint8, "r", shape=(count, 3, side, side))
-    images = Images(listing, pixels, torch.full((count,), -1))
-    loader, _ = get_dataloaders(
-        images, range(count), range(3), args.batch_size, 0, choose_device(args.device), "stream"
-    )
-    trainer, device = build(args, build_task("mixup", cli.CANDIDATES, size=args.size))
-    batches = iter(loader)
-
-    def step(number):
-        nonlocal batches
-        try:
-            batch = next(batches)
-        except StopIteration:
-            loader.batch_sampler.epoch += 1
-            batches = iter(loader)
-            batch = next(batches)
-        trainer.step(trainer.ask(trainer.task, *batch, generator(0, number)), number)
-
-    speed = timed(step, args.batch_size, args.seconds, device)
+        speed = _loaded(loader, step, args, device)
     anonymous = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
     return {"seconds_per_image": 1 / speed, "anonymous_mb": int(anonymous.split()[1]) / 1e3}
 

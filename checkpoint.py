@@ -61,19 +61,24 @@ def save_last(state: object, folder: Path) -> None:
 def load_last(folder: Path, say: Callable[[str], None] = print) -> dict:
     """The folder's last checkpoint, or the one before where that is damaged, which is said.
 
-    Raises UsageError where there is none that can be used.
+    What is damaged is put aside as NAME.damaged, or the next checkpoint would keep it in place of the good one; where
+    nothing can be used, all stays as it is. Raises UsageError there, and where there is none.
     """
     there = [folder / name for name in (NEW, LAST, BEFORE) if (folder / name).exists()]
     if not there:
         raise UsageError(f"{folder} holds no {LAST}, so there is nothing to resume; start the run again")
+    damaged = {}  # file: why
     for file in there:
         try:
-            return load(file)
+            state = load(file)
         except UsageError as error:
-            why = error
-            file.unlink()  # or it would be kept in place of the good one
-            say(f"{error}{'; going on from the one before' if file is not there[-1] else ''}")
-    raise UsageError(f"{why}, and there is no other; start the run again") from why
+            damaged[file] = error
+            continue
+        for bad, error in damaged.items():
+            bad.rename(bad.with_name(f"{bad.name}.damaged"))
+            say(f"{error}; going on from the one before")
+        return state
+    raise UsageError(f"{'; '.join(map(str, damaged.values()))}, and there is no other; start the run again")
 
 
 def lock(file: str | Path, wait: bool = False) -> IO | None:

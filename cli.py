@@ -55,6 +55,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message):
+        """One line, in place of argparse's usage."""
         raise UsageError(f"{message} (see --help)")
 
     def given(self) -> set[str]:
@@ -84,26 +85,24 @@ def whole(at_least: int, at_most: int = 10**9) -> Callable[[str], int]:
     return parse
 
 
-def rate(text: str) -> float:
-    """An option's type: a learning rate."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < 1e3:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a learning rate: give a number above 0, such as 1e-3")
-    return value
+def _number(what: str, fits: Callable[[float], bool], hint: str) -> Callable[[str], float]:
+    """An option's type: a number that fits."""
+
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}: give {hint}")
+        return value
+
+    return parse
 
 
-def share(text: str) -> float:
-    """An option's type: a number from 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share: give a number from 0 to 1")
-    return value
+rate = _number("a learning rate", lambda value: 0 < value < 1e3, "a number above 0, such as 1e-3")
+positive = _number("above 0", lambda value: 0 < value < 1e3, "a number such as 0.5")
+share = _number("a share", lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
 def _candidates(text: str) -> int | str:
@@ -167,9 +166,9 @@ def add_recipe_options(parser: Parser) -> None:
     group.add_argument("--contrast", action="store_true", help=f"{batch}ask about every view unmixed as well")
     group.add_argument("--pure", type=share, default=0.0, help="share of the mixtures that hold one image alone")
     group.add_argument("--regions", type=share, default=0.0, help="share of the mixtures that are pasted, not blended")
-    group.add_argument("--beta", type=rate, help="weights from Beta(b, b) (default: uniform)")
+    group.add_argument("--beta", type=positive, help="weights from Beta(b, b) (default: uniform)")
     group.add_argument("--hidden", type=whole(0), default=0, help="width of the projection's hidden layer; 0: linear")
-    group.add_argument("--temperature", type=rate, help="of `--decoder cosine` (default: learned)")
+    group.add_argument("--temperature", type=positive, help="of `--decoder cosine` (default: learned)")
 
 
 def make_task(args: argparse.Namespace, batch: int, batch_name: str) -> WeightTask | LabelTask:
@@ -292,10 +291,8 @@ def make_folder(folder: Path, args: argparse.Namespace, device: str) -> None:
         "revision": _git_revision(),
         "device": device,
     }
-    name = "settings.json"
-    while (folder / name).exists():  # the first command's stays as it is
-        name = f"settings.resumed-{int(name.split('-')[-1].split('.')[0]) + 1 if '-' in name else 1}.json"
-    checkpoint.save_json(settings, folder / name)
+    before = len(list(folder.glob("settings*.json")))  # the first command's stays as it is
+    checkpoint.save_json(settings, folder / (f"settings.resumed-{before}.json" if before else "settings.json"))
 
 
 _held = []  # open files, for as long as this process lives

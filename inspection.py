@@ -49,7 +49,7 @@ def main() -> None:
     print(unreadable(images))
     print(duplicates(images))
     contact_sheet(images).save(out / "contact.png")
-    print(f"\n{out}/contact.png     {EACH} images of every class and split")
+    print(f"\n{out}/contact.png     images of every class and split")
     if len(images.labels) > 2:
         mixtures(images, args.size, args.seed).save(out / "mixtures.png")
         print(f"{out}/mixtures.png    mixtures as the network sees them, and their weights")

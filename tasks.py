@@ -202,6 +202,7 @@ class MixupTransform(WeightTask):
         return masks, masks.float().mean(dim=(1, 2))
 
     def score(self, logits: torch.Tensor, question: Question) -> dict[str, torch.Tensor]:
+        """As of any weight task; `symmetric`: the loss is the mean of both directions'."""
         scores = super().score(logits, question)
         if self.symmetric:  # B B: row i, a mixture; column j, image j
             shares = question.weights.T / question.weights.sum(dim=0)[:, None]

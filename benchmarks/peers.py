@@ -102,7 +102,7 @@ def main() -> None:
     group = parser.add_argument_group("network")
     group.add_argument("--encoder", choices=ENCODERS, default="conv", help="what is kept")
     group.add_argument("--width", type=cli.whole(1), default=512, help="hidden width of the head")
-    group.add_argument("--temperature", type=cli.rate, help="of the loss (default: lightly's, simclr 0.5, swav 0.1)")
+    group.add_argument("--temperature", type=cli.positive, help="of the loss (default: simclr 0.5, swav 0.1)")
     group.add_argument("--prototypes", type=cli.whole(2), default=512, help="swav: how many")
     group = cli.add_loop_options(parser, lr=1e-3)
     group.add_argument("--epochs", type=cli.whole(1), default=50, help="passes over the images")

@@ -96,10 +96,14 @@ def main() -> None:
     if not args.table:
         if not args.data:
             parser.error("--data FOLDER is needed")
-        todo = [(name, seed) for seed in args.seeds for name in args.names or RECIPES]
+        jobs = [(name, seed) for seed in args.seeds for name in args.names or RECIPES]
         with ThreadPoolExecutor(args.workers) as pool:
-            for done in [pool.submit(experiment, args, *job) for job in todo]:
-                done.result()
+            try:
+                for done in [pool.submit(experiment, args, *job) for job in jobs]:
+                    done.result()
+            except BaseException:  # what has not begun need not
+                pool.shutdown(cancel_futures=True)
+                raise
     if load():
         write_tables()
 

@@ -68,6 +68,7 @@ def test_a_damaged_checkpoint_does_not_replace_the_good_one(tmp_path):
     said = []
     assert checkpoint.load_last(tmp_path, said.append) == {"epoch": 1}
     assert "checkpoint.pt is damaged" in said[0]
+    assert (tmp_path / "checkpoint.pt.damaged").read_bytes() == b"damaged"
     checkpoint.save_last({"epoch": 3}, tmp_path)
     (tmp_path / checkpoint.LAST).write_bytes(b"damaged")
     assert checkpoint.load_last(tmp_path, said.append) == {"epoch": 1}
@@ -79,3 +80,14 @@ def test_a_lock_is_held_by_one(tmp_path):
         checkpoint.lock(tmp_path / "lock")
     held.close()
     checkpoint.lock(tmp_path / "lock").close()
+
+
+def test_nothing_is_thrown_away_where_no_checkpoint_can_be_used(tmp_path):
+    """A torch that cannot read them, say, must not cost the run."""
+    for name in (checkpoint.LAST, checkpoint.BEFORE):
+        (tmp_path / name).write_bytes(b"not for this torch")
+    with pytest.raises(UsageError, match="there is no other"):
+        checkpoint.load_last(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {
+        name: b"not for this torch" for name in (checkpoint.LAST, checkpoint.BEFORE)
+    }

@@ -58,21 +58,30 @@ def command(*args, cache=None):
 
 
 @pytest.fixture
-def stop_after(monkeypatch):
-    """Make a run in this process behave as if it got a signal after so many steps."""
+def before_step(monkeypatch):
+    """Make something happen before a step of a run in this process, steps counted from 0. Returns how to end that."""
     from engine import Trainer
 
-    def arm(steps, number=signal.SIGTERM):
+    def arm(number, action):
         step = Trainer.step
 
-        def counted(self, question, at):
-            scores = step(self, question, at)
-            if at + 1 == steps:
-                os.kill(os.getpid(), number)
-            return scores
+        def watched(self, question, at):
+            if at == number:
+                action()
+            return step(self, question, at)
 
-        monkeypatch.setattr(Trainer, "step", counted)
+        monkeypatch.setattr(Trainer, "step", watched)
         return lambda: monkeypatch.setattr(Trainer, "step", step)
+
+    return arm
+
+
+@pytest.fixture
+def stop_after(before_step):
+    """Make a run in this process behave as if it got a signal in the last of so many steps."""
+
+    def arm(steps, number=signal.SIGTERM):
+        return before_step(steps - 1, lambda: os.kill(os.getpid(), number))
 
     return arm
 
@@ -236,19 +245,10 @@ def test_two_runs_in_one_folder(cache, tmp_path):
         first.wait()
 
 
-def test_a_run_folder_that_is_removed(script, cache, whole, monkeypatch):
-    from engine import Trainer
-
-    step = Trainer.step
-
-    def remove(self, question, at):
-        if at == 9:
-            shutil.rmtree("run")
-        return step(self, question, at)
-
-    monkeypatch.setattr(Trainer, "step", remove)
+def test_a_run_folder_that_is_removed(script, cache, whole, before_step):
+    disarm = before_step(9, lambda: shutil.rmtree("run"))
     end = script("train_pretext.py", *QUICK, "--data-dir", cache, "--out", "run", "--checkpoint-every", 1)
-    monkeypatch.setattr(Trainer, "step", step)
+    disarm()
     assert end.status == 1 and end.err.count("\n") == 1
     assert "run cannot be written to (No such file or directory); the training state is in" in end.err
     rescued = end.err.split("--resume ")[1].strip()
@@ -257,19 +257,10 @@ def test_a_run_folder_that_is_removed(script, cache, whole, monkeypatch):
     assert same(weights(rescued), weights(whole))
 
 
-def test_a_cache_that_is_removed_during_the_run(script, cache, whole, tmp_path, monkeypatch):
+def test_a_cache_that_is_removed_during_the_run(script, cache, whole, before_step):
     """The open file lives on."""
-    from engine import Trainer
-
     shutil.copytree(cache, "decoded", copy_function=shutil.copy2)
-    step = Trainer.step
-
-    def remove(self, question, at):
-        if at == 9:
-            shutil.rmtree("decoded")
-        return step(self, question, at)
-
-    monkeypatch.setattr(Trainer, "step", remove)
+    before_step(9, lambda: shutil.rmtree("decoded"))
     end = script("train_pretext.py", *QUICK, "--data-dir", "decoded", "--out", "run")
     assert end.status == 0, end.err
     assert same(weights("run"), weights(whole))
