@@ -17,7 +17,7 @@ GREY = torch.tensor([0.299, 0.587, 0.114])  # luma, ITU-R BT.601
 TO_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 FROM_YIQ = torch.linalg.inv(TO_YIQ)
 
-CROP_AREA = (0.3, 1.0)  # share of the image that a view shows
+CROP = 0.3  # smallest share of the image that a view shows
 CROP_ASPECT = (3 / 4, 4 / 3)  # width / height of the crop
 BRIGHTNESS = CONTRAST = SATURATION = 0.4  # factors drawn from 1 ± this
 HUE = 0.1  # turn of the hue circle, ±
@@ -51,16 +51,17 @@ def _constants(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.
     return MEAN.to(device), STD.to(device), GREY.to(device)
 
 
-def augment(images: torch.Tensor, size: int, rng: torch.Generator) -> torch.Tensor:
+def augment(images: torch.Tensor, size: int, rng: torch.Generator, crop: float = CROP) -> torch.Tensor:
     """Random views of a batch: crop, flip, colour, drawn per image; normalised.
 
     images  B 3 H W  uint8, on any device
+    crop    smallest share of the image that a view shows, in (0, 1]
     returns B 3 S S  float32, S = size, on the same device
     """
     B = len(images)
     draws = torch.rand(B, 10, generator=rng).unbind(1)
 
-    area = _between(draws[0], *CROP_AREA)
+    area = _between(draws[0], crop, 1.0)
     aspect = _between(draws[1], *map(math.log, CROP_ASPECT)).exp()
     width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
     left, top = draws[2] * (1 - width), draws[3] * (1 - height)

@@ -163,9 +163,7 @@ def limit(args: argparse.Namespace) -> dict:
     B, S = args.batch_size, args.size
     images = torch.randint(0, 255, (B, 3, S, S), dtype=torch.uint8)
     question = task(images.to(device), generator(0))
-    question = question._replace(
-        mixtures=torch.randn(B, 3, S, S, device=device), asked=torch.randn_like(question.asked)
-    )
+    question = question._replace(mixtures=torch.randn_like(question.mixtures), asked=torch.randn_like(question.asked))
     return {"images_per_second": timed(lambda number: trainer.step(question, number), B, args.seconds, device)}
 
 

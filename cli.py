@@ -22,6 +22,7 @@ import torch
 import torchvision
 
 import checkpoint
+from augment import CROP
 from distributed import RANK
 from download import ARCHIVES
 from engine import AMP, DEVICES
@@ -29,8 +30,9 @@ from errors import RunError, Stopped, UsageError
 from models import DECODERS, ENCODERS
 from tasks import ACTIVATIONS, LOSSES, TASKS, LabelTask, MixupTransform, WeightTask, build_task
 
-MIXING = ("pure", "symmetric", "regions", "contrast", "beta")
-CANDIDATES, DECODER = 8, "ridge"  # of the default recipe
+MIXING = ("pure", "symmetric", "regions", "contrast", "beta", "crop")
+CANDIDATES, DECODER = "batch", "ridge"  # of the default recipe
+SCALES = 3  # candidates of --task scale
 RUN_FILES = (
     "settings*.json",
     "history.csv",
@@ -102,6 +104,7 @@ def _number(what: str, fits: Callable[[float], bool], hint: str) -> Callable[[st
 
 rate = _number("a learning rate", lambda value: 0 < value < 1e3, "a number above 0, such as 1e-3")
 positive = _number("above 0", lambda value: 0 < value < 1e3, "a number such as 0.5")
+crop = _number("a share", lambda value: 0.01 <= value <= 1, "a number from 0.01 to 1")
 share = _number("a share", lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
@@ -131,7 +134,7 @@ def add_data_dir(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--data-dir", default="data", help="folder for data sets by name, and for decoded images")
 
 
-def add_task_options(parser: Parser, candidates: int | str) -> None:
+def add_task_options(parser: Parser, candidates: int | None = None) -> None:
     """--task, --candidates, --sources, --views, --activation, --loss."""
     group = parser.add_argument_group("question")
     group.add_argument(
@@ -140,8 +143,12 @@ def add_task_options(parser: Parser, candidates: int | str) -> None:
         default="mixup",
         help="how much of each image is in the mixture; or easier ones, and `rotate`, to compare with",
     )
+    said = "" if candidates else f" (default: {CANDIDATES}; `--task scale`: {SCALES})"
     group.add_argument(
-        "--candidates", type=_candidates, default=candidates, help="images to choose from; `batch`: all of the batch"
+        "--candidates",
+        type=_candidates,
+        default=candidates,
+        help=f"images to choose from; `batch`: all of the batch{said}",
     )
     group.add_argument("--sources", type=whole(2), default=2, help="images in a mixture")
     group.add_argument(
@@ -157,11 +164,13 @@ def add_task_options(parser: Parser, candidates: int | str) -> None:
 
 
 def add_recipe_options(parser: Parser) -> None:
-    """--symmetric, --contrast, --pure, --regions, --beta, --hidden, --temperature."""
+    """--symmetric, --contrast, --pure, --regions, --beta, --hidden, --temperature, --crop."""
     group = parser.add_argument_group("recipe", "what benchmarks/search.py varies; see RESULTS.md")
     batch = "with `--candidates batch`: "
     group.add_argument(
-        "--symmetric", action="store_true", help=f"{batch}ask also how much of each mixture comes from a candidate"
+        "--symmetric",
+        action=argparse.BooleanOptionalAction,
+        help=f"{batch}ask also how much of each mixture comes from a candidate (default: it does)",
     )
     group.add_argument("--contrast", action="store_true", help=f"{batch}ask about every view unmixed as well")
     group.add_argument("--pure", type=share, default=0.0, help="share of the mixtures that hold one image alone")
@@ -169,10 +178,21 @@ def add_recipe_options(parser: Parser) -> None:
     group.add_argument("--beta", type=positive, help="weights from Beta(b, b) (default: uniform)")
     group.add_argument("--hidden", type=whole(0), default=0, help="width of the projection's hidden layer; 0: linear")
     group.add_argument("--temperature", type=positive, help="of `--decoder cosine` (default: learned)")
+    add_crop(group)
+
+
+def add_crop(group: argparse._ArgumentGroup) -> None:
+    """--crop."""
+    group.add_argument("--crop", type=crop, default=CROP, help="smallest share of an image that a view shows")
 
 
 def make_task(args: argparse.Namespace, batch: int, batch_name: str) -> WeightTask | LabelTask:
-    """The task that the options describe. Raises UsageError where a batch of `batch` images is too small for it."""
+    """The task that the options describe; writes the number of candidates into them where it is the default.
+
+    Raises UsageError where a batch of `batch` images is too small for it.
+    """
+    if args.candidates is None:
+        args.candidates = SCALES if args.task == "scale" else CANDIDATES
     mixing = {name: vars(args)[name] for name in MIXING if name in vars(args)}
     task = build_task(
         args.task, args.candidates, args.sources, args.views, args.size, args.activation, args.loss, **mixing

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Beta, Distribution, Uniform
 
-from augment import augment, box, send
+from augment import CROP, augment, box, send
 from errors import UsageError
 
 TASKS = ("mixup", "scale", "duplicate", "quadrant", "rotate")
@@ -103,10 +103,12 @@ class MixupTransform(WeightTask):
     views       the candidates show another view than the one that was mixed; else the very same pixels
     size        side of a view, px
     pure        share of mixtures that hold the example alone, in [0, 1]
-    symmetric   ask the other way round too: how much of each mixture comes from this candidate? ("batch" only)
+    symmetric   ask the other way round too: how much of each mixture comes from this candidate? ("batch" only; there it
+                is the default with softmax and kl)
     regions     share of the mixtures in which a box of one image is pasted into the other (CutMix, Yun et al. 2019),
                 its area being the weight; k = 2 only
     contrast    ask about the seen views themselves as well, B more rows with a weight of one ("batch" only)
+    crop        smallest share of an image that a view shows, in (0, 1]
     """
 
     def __init__(
@@ -119,9 +121,10 @@ class MixupTransform(WeightTask):
         activation: str = "softmax",
         loss: str = "kl",
         pure: float = 0.0,
-        symmetric: bool = False,
+        symmetric: bool | None = None,
         regions: float = 0.0,
         contrast: bool = False,
+        crop: float = CROP,
     ):
         super().__init__(size, activation, loss)
         if sources < 1:
@@ -136,7 +139,9 @@ class MixupTransform(WeightTask):
         if regions and sources != 2:
             raise UsageError(f"--regions pastes one image into another: it takes 2 --sources, not {sources}")
         self.candidates, self.sources, self.views = candidates, sources, views
-        self.pure, self.symmetric, self.regions, self.contrast = pure, symmetric, regions, contrast
+        usual = candidates == "batch" and (activation, loss) == ("softmax", "kl")
+        self.symmetric = usual if symmetric is None else symmetric
+        self.pure, self.regions, self.contrast, self.crop = pure, regions, contrast, crop
         self.dist = dist if dist is not None else Uniform(0.0, 1.0)
 
     def __call__(self, images: torch.Tensor, rng: torch.Generator) -> Question:
@@ -148,8 +153,8 @@ class MixupTransform(WeightTask):
         rows, weights = self._draw(B, n, rng)
         rows, weights = send(rows, device), send(weights, device)
 
-        seen = augment(images, self.size, rng)  # B 3 S S  the view that is mixed
-        asked = augment(images, self.size, rng) if self.views else seen  # B 3 S S  the view that is asked about
+        seen = augment(images, self.size, rng, self.crop)  # B 3 S S  the view that is mixed
+        asked = augment(images, self.size, rng, self.crop) if self.views else seen  # B 3 S S  what is asked about
         k = self.sources
         mixtures = sum(weights[:, j, None, None, None] * seen[rows[:, j]] for j in range(k))
         if self.regions:
@@ -276,10 +281,14 @@ class Quadrant(LabelTask):
 class Rotate(LabelTask):
     """By how many quarter turns, counter-clockwise, is the view rotated? (Gidaris et al. 2018)"""
 
+    def __init__(self, size: int = 32, crop: float = CROP):
+        super().__init__(size)
+        self.crop = crop
+
     def __call__(self, images: torch.Tensor, rng: torch.Generator) -> LabelQuestion:
         """images B 3 H W uint8 -> LabelQuestion."""
         labels = self._labels(images, rng)
-        views = augment(images, self.size, rng)
+        views = augment(images, self.size, rng, self.crop)
         turned = torch.stack([views.rot90(turns, (2, 3)) for turns in range(self.classes)])  # 4 B 3 S S
         return LabelQuestion(turned[labels, torch.arange(len(images), device=images.device)], labels)
 
@@ -332,7 +341,7 @@ def build_task(
         return Scale(candidates, size, activation, loss)
     if name not in TASKS:
         raise UsageError(f"task {name!r} is unknown: use one of {', '.join(TASKS)}")
-    return {"quadrant": Quadrant, "rotate": Rotate}[name](size)
+    return Rotate(size, mixing.get("crop", CROP)) if name == "rotate" else Quadrant(size)
 
 
 def sample(dist: Distribution, shape: tuple[int, ...], rng: torch.Generator) -> torch.Tensor:

@@ -61,7 +61,7 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     """The command line -> settings, and the checkpoint to go on from, if any."""
     parser = cli.Parser(*__doc__.split("\n\n", 1))
     cli.add_data_options(parser)
-    cli.add_task_options(parser, candidates=cli.CANDIDATES)
+    cli.add_task_options(parser)
     cli.add_model_options(parser)
     cli.add_recipe_options(parser)
     group = cli.add_loop_options(parser, lr=1e-3)
@@ -287,7 +287,7 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
     return {
         **{name: value for name, value in progress.history[-1].items() if name.startswith("val_")},
         "references": progress.references,
-        "images_per_second": statistics.harmonic_mean(progress.speeds or [speed]),
+        "images_per_second": statistics.median(progress.speeds or [speed]),
     }
 
 

@@ -9,6 +9,7 @@ Everything else is this project's own: data, split, views, encoder, loop, optimi
 """
 
 import argparse
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 import cli
 import distributed
-from augment import augment
+from augment import CROP, augment
 from data import get_dataloaders, open_pretext
 from engine import Trainer, choose_amp, choose_device, device_name
 from errors import UsageError
@@ -54,12 +55,12 @@ class Agree:
 
     takes_labels = False
 
-    def __init__(self, size: int, loss):
-        self.size, self.loss = size, loss
+    def __init__(self, size: int, loss, crop: float = CROP):
+        self.size, self.loss, self.crop = size, loss, crop
 
     def __call__(self, images: torch.Tensor, rng: torch.Generator) -> TwoViews:
         """images B 3 H W uint8 -> TwoViews."""
-        return TwoViews(torch.cat([augment(images, self.size, rng), augment(images, self.size, rng)]))
+        return TwoViews(torch.cat([augment(images, self.size, rng, self.crop) for _ in range(2)]))
 
     def score(self, outputs: torch.Tensor, question: TwoViews) -> dict[str, torch.Tensor]:
         """Outputs 2B P -> the loss."""
@@ -107,6 +108,7 @@ def main() -> None:
     group = cli.add_loop_options(parser, lr=1e-3)
     group.add_argument("--epochs", type=cli.whole(1), default=50, help="passes over the images")
     group.add_argument("--batch-size", type=cli.whole(2), default=64, help="images in a step")
+    cli.add_crop(group)
     cli.add_run_options(parser)
     args = parser.parse_args()
     if NTXentLoss is None:
@@ -131,16 +133,19 @@ def train(args: argparse.Namespace) -> None:
         model, loss = SwAV(encoder, args.width, args.prototypes), lambda a, b: swav([a, b], []).squeeze()
     loader, _ = get_dataloaders(images, rows, val, args.batch_size, args.seed, device)
     steps = args.epochs * len(loader)
-    trainer = Trainer(model, Agree(args.size, loss), lr=args.lr, steps=steps, seed=args.seed, device=device, amp=amp)
+    trainer = Trainer(
+        model, Agree(args.size, loss, args.crop), lr=args.lr, steps=steps, seed=args.seed, device=device, amp=amp
+    )
     cli.make_folder(folder, args, device_name(device))
     print(images.describe())
     print(f"{args.method}: training on {len(rows)} images; {device_name(device)}{', bf16' if amp else ''}")
+    speeds = []  # images/s of every epoch
     with tqdm(total=steps * args.batch_size, unit="image", unit_scale=True, disable=None) as bar:
         for epoch in range(args.epochs):
             clock = time.perf_counter()
             means = trainer.train_epoch(loader, epoch, bar)
-            speed = len(loader) * args.batch_size / (time.perf_counter() - clock)
-            tqdm.write(f"epoch {epoch + 1}/{args.epochs}: training loss {means['loss']:.3f}; {speed:.0f} images/s")
+            speeds.append(len(loader) * args.batch_size / (time.perf_counter() - clock))
+            tqdm.write(f"epoch {epoch + 1}/{args.epochs}: training loss {means['loss']:.3f}; {speeds[-1]:.0f} images/s")
     checkpoint.save(encoder.state_dict(), folder / "encoder.pt")
     summary = {
         "data": args.data,
@@ -148,6 +153,7 @@ def train(args: argparse.Namespace) -> None:
         "epochs": args.epochs,
         "train_images": len(rows),
         "loss": means["loss"],
+        "images_per_second": statistics.median(speeds),
         "seconds": time.perf_counter() - started,
         "device": device_name(device),
         "amp": "bf16" if amp else "off",

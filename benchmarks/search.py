@@ -62,7 +62,14 @@ RECIPES = {  # name: (encodes an image, command; None: from scratch, what it tau
         "every view unmixed as well: best linear and fine-tuned of this round, at three encodes",
     ),
     "regions": (2, f"{BATCH} --symmetric --regions 0.5", ""),
+    "ridge-pure-50": (2, "train_pretext.py --decoder ridge --candidates batch --symmetric --pure 0.5", ""),
     "ridge-contrast": (3, "train_pretext.py --decoder ridge --candidates batch --symmetric --contrast", ""),
+    "ridge-pure-50-crop-15": (
+        2,
+        "train_pretext.py --decoder ridge --candidates batch --symmetric --pure 0.5 --crop 0.15",
+        "",
+    ),
+    "simclr-crop-15": (2, "benchmarks/peers.py simclr --crop 0.15", ""),
     "t-0.2": (2, f"{BATCH} --symmetric --temperature 0.2", ""),
     "t-0.1": (2, f"{BATCH} --symmetric --temperature 0.1", ""),
     "beta-0.4": (2, f"{BATCH} --symmetric --beta 0.4", ""),
@@ -126,7 +133,9 @@ def experiment(args: argparse.Namespace, name: str, seed: int) -> None:
             words = ["train_pretext.py", "--resume", start] if stopped else [*pretext, "--overwrite"]
             call(words, folder / "pretext.log")
         result["commands"].append(f"python {recipe} --epochs {args.epochs} --seed {seed}")
-        result["seconds"] = json.loads((start / "summary.json").read_text())["seconds"]
+        summary = json.loads((start / "summary.json").read_text())
+        # From the median epoch, so that what else the machine did for a while does not count.
+        result["seconds"] = args.epochs * summary["train_images"] / summary["images_per_second"]
     for mode, options in LONGER.get(name, MODES).items():
         out = folder / mode
         words = ["train_transfer.py", start, "--mode", mode, *options.split()]

@@ -234,6 +234,8 @@ def test_asked_both_ways(batch):
     expected = (unmixing_loss(logits, q.weights, "softmax") + unmixing_loss(logits.T, shares, "softmax")) / 2
     assert torch.isclose(task.score(logits, q)["loss"], expected)
     assert task.validation().symmetric is False
+    assert MixupTransform("batch").symmetric and not MixupTransform("batch", symmetric=False).symmetric
+    assert not MixupTransform(8).symmetric and not MixupTransform("batch", activation="sigmoid").symmetric
 
 
 def test_pasted_boxes_have_the_area_of_their_weight(batch):
