@@ -3,6 +3,7 @@
     pip install -r benchmarks/requirements.txt
     python benchmarks/peers.py simclr --epochs 100 --data FOLDER --out runs/simclr
     python benchmarks/peers.py swav --epochs 100 --data FOLDER --out runs/swav
+    python benchmarks/peers.py --resume runs/swav
     python train_transfer.py runs/simclr runs/swav scratch
 
 Everything else is this project's own: data, split, views, encoder, loop, optimiser, schedule and seeds.
@@ -36,6 +37,7 @@ try:
 except ImportError:
     NTXentLoss = None
 
+METHODS = ("simclr", "swav")
 PROJECTION = 128
 
 
@@ -98,7 +100,7 @@ class SwAV(nn.Module):
 def main() -> None:
     """Assemble, train, save."""
     parser = cli.Parser(*__doc__.split("\n\n", 1))
-    parser.add_argument("method", choices=("simclr", "swav"))
+    parser.add_argument("method", nargs="?", help=" or ".join(METHODS))
     cli.add_data_options(parser)
     group = parser.add_argument_group("network")
     group.add_argument("--encoder", choices=ENCODERS, default="conv", help="what is kept")
@@ -109,20 +111,22 @@ def main() -> None:
     group.add_argument("--epochs", type=cli.whole(1), default=50, help="passes over the images")
     group.add_argument("--batch-size", type=cli.whole(2), default=64, help="images in a step")
     cli.add_crop(group)
-    cli.add_run_options(parser)
+    cli.add_resume_options(cli.add_run_options(parser))
     args = parser.parse_args()
     if NTXentLoss is None:
         raise UsageError("the package lightly is missing: pip install -r benchmarks/requirements.txt")
+    saved = cli.resume(parser, args, {"epochs", "device"})
+    if args.method not in METHODS:
+        raise UsageError(f"give a method: {' or '.join(METHODS)}")
     distributed.alone()
-    train(args)
+    train(args, saved)
 
 
-def train(args: argparse.Namespace) -> None:
-    """One run."""
-    started = time.perf_counter()
+def train(args: argparse.Namespace, saved: dict | None) -> None:
+    """One run, or the rest of it."""
     device = choose_device(args.device)
     amp = choose_amp(args.amp, device)
-    folder = cli.choose_folder(args, args.method)
+    folder = Path(args.resume) if args.resume else cli.choose_folder(args, args.method)
     images, rows, val = open_pretext(args.data, args.size, args.data_dir, args.batch_size)
     torch.manual_seed(args.seed)
     encoder = build_encoder(args.encoder)
@@ -133,18 +137,25 @@ def train(args: argparse.Namespace) -> None:
         model, loss = SwAV(encoder, args.width, args.prototypes), lambda a, b: swav([a, b], []).squeeze()
     loader, _ = get_dataloaders(images, rows, val, args.batch_size, args.seed, device)
     steps = args.epochs * len(loader)
-    trainer = Trainer(
-        model, Agree(args.size, loss, args.crop), lr=args.lr, steps=steps, seed=args.seed, device=device, amp=amp
-    )
+    task = Agree(args.size, loss, args.crop)
+    trainer = Trainer(model, task, lr=args.lr, steps=steps, seed=args.seed, device=device, amp=amp)
     cli.make_folder(folder, args, device_name(device))
     print(images.describe())
     print(f"{args.method}: training on {len(rows)} images; {device_name(device)}{', bf16' if amp else ''}")
-    speeds = []  # images/s of every epoch
-    with tqdm(total=steps * args.batch_size, unit="image", unit_scale=True, disable=None) as bar:
-        for epoch in range(args.epochs):
+    speeds, means = [], {}  # images/s of every epoch, figures of the last one
+    if saved:
+        checkpoint.fit(model, saved["model"], f"the checkpoint in {folder}")
+        trainer.restore(saved)
+        speeds, means = saved["speeds"], saved["means"]
+    seen = len(loader) * args.batch_size  # images an epoch
+    bar = tqdm(total=args.epochs * seen, initial=len(speeds) * seen, unit="image", unit_scale=True, disable=None)
+    with bar:
+        for epoch in range(len(speeds), args.epochs):
             clock = time.perf_counter()
             means = trainer.train_epoch(loader, epoch, bar)
-            speeds.append(len(loader) * args.batch_size / (time.perf_counter() - clock))
+            speeds.append(seen / (time.perf_counter() - clock))
+            state = {"script": "peers", "settings": vars(args), "speeds": speeds, "means": means}
+            checkpoint.save_last({**trainer.state(), **state}, folder)
             tqdm.write(f"epoch {epoch + 1}/{args.epochs}: training loss {means['loss']:.3f}; {speeds[-1]:.0f} images/s")
     checkpoint.save(encoder.state_dict(), folder / "encoder.pt")
     summary = {
@@ -154,7 +165,7 @@ def train(args: argparse.Namespace) -> None:
         "train_images": len(rows),
         "loss": means["loss"],
         "images_per_second": statistics.median(speeds),
-        "seconds": time.perf_counter() - started,
+        "seconds": sum(seen / speed for speed in speeds),
         "device": device_name(device),
         "amp": "bf16" if amp else "off",
         "seed": args.seed,

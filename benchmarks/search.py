@@ -129,8 +129,8 @@ def experiment(args: argparse.Namespace, name: str, seed: int) -> None:
         start = folder / "pretext"
         pretext = [*recipe.split(), "--epochs", args.epochs, "--data", args.data, *common, "--out", start]
         if not (start / "summary.json").exists():
-            stopped = recipe.startswith("train_pretext") and (start / "checkpoint.pt").exists()
-            words = ["train_pretext.py", "--resume", start] if stopped else [*pretext, "--overwrite"]
+            stopped = (start / "checkpoint.pt").exists()
+            words = [recipe.split()[0], "--resume", start] if stopped else [*pretext, "--overwrite"]
             call(words, folder / "pretext.log")
         result["commands"].append(f"python {recipe} --epochs {args.epochs} --seed {seed}")
         summary = json.loads((start / "summary.json").read_text())
