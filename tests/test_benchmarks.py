@@ -1,0 +1,59 @@
+import json
+import shutil
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import search  # noqa: E402
+
+
+def result(name, seed, right, epochs=100):
+    """A result whose every mode got `right`, one string of 0 and 1 for each run, on both halves."""
+    found = {half: {way: right for way in search.WAYS} for half in search.HALVES}
+    modes = {mode: {"seconds": 1.0, **found} for mode in search.MODES}
+    return {"name": name, "epochs": epochs, "seed": seed, "encodes": 2, "commands": [], "seconds": 9.0, "modes": modes}
+
+
+def test_halves_and_runs_are_told_apart(tmp_path):
+    file = tmp_path / "predictions.csv"
+    # MD5 of "a.JPEG" is odd, of "c.JPEG" even
+    rows = ["val/x/a.JPEG,x,0,x,x,y", "val/x/c.JPEG,x,0,y,x,x", "val/x/a.JPEG,x,1,y,y,y", "val/x/c.JPEG,x,1,x,x,x"]
+    file.write_text("\n".join(["path,class,seed," + ",".join(search.WAYS), *rows]))
+    found = search.read_right(file)
+    assert found["report"]["accuracy"] == ["1", "0"] and found["choose"]["accuracy"] == ["0", "1"]
+    assert found["choose"]["accuracy_val_classes"] == ["1", "1"]
+
+
+def test_figures_are_means_over_runs_and_images():
+    assert search.figure(result("scratch", 0, ["1100", "1000"]), "knn", "report", "accuracy") == 0.375
+
+
+def test_paired_differences():
+    ours, theirs = result("symmetric", 0, ["1111"]), result("scratch", 0, ["1100"])
+    assert search.difference([ours], [ours], "linear", "report") == (0.0, 0.0)
+    mean, half_width = search.difference([ours], [theirs], "linear", "report")
+    assert mean == 0.5 and half_width == pytest.approx(1.96 * (1 / 3 / 4) ** 0.5)
+    again = result("symmetric", 1, ["0011"])  # seeds that disagree widen the interval
+    assert search.difference([ours, again], [theirs, theirs], "linear", "report")[1] > half_width
+
+
+def test_tables_are_rewritten_between_their_marks(tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "ROOT", tmp_path)
+    monkeypatch.setattr(search, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(sys, "argv", ["search.py", "--table"])
+    for name in ("RESULTS.md", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    search.RESULTS.mkdir()
+    for name, right in ((search.OURS, "1110"), ("scratch", "1000")):
+        for epochs in (30, 100):
+            for seed in range(3):
+                file = search.RESULTS / f"{name}-{epochs}-{seed}.json"
+                file.write_text(json.dumps(result(name, seed, [right], epochs)))
+    search.main()
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert text.count(f"| {search.OURS}: `") == 2 and "75.0 ± 0.0 (75.0)" in text
+    assert "| scratch (3 seeds) | +50.0 ±" in text
+    search.main()
+    assert (tmp_path / "RESULTS.md").read_text() == text
