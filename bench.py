@@ -356,13 +356,17 @@ def table(results: dict) -> str:
         f"{name:34}{statistics.median(values):>10.1f}{_spread(values):>10.1f}{len(values):>6}"
         for name, values in speeds.items()
     ]
-    lines += ["", f"{'ratio':34}{'median':>10}{'spread':>10}"]
+    lines += ["", f"{'ratio, or difference':34}{'median':>10}{'spread':>10}"]
     pairs = [("ours", "limit"), ("ours", "obvious"), ("ours", "lightly"), ("decode", "pillow")]
     pairs += [(f"{GROWTH[-1]} images, us an image", f"{GROWTH[0]} images, us an image")]
     for ours, theirs in pairs:
         if ours in speeds and theirs in speeds:
             ratios = [a / b for a, b in zip(speeds[ours], speeds[theirs], strict=True)]  # of the same turn
             lines.append(f"{ours + ' / ' + theirs:34}{statistics.median(ratios):>10.2f}{_spread(ratios):>10.2f}")
+    few, many = (f"{count} images, MB of its own" for count in (GROWTH[0], GROWTH[-1]))
+    if few in speeds and many in speeds:
+        more = [a - b for a, b in zip(speeds[many], speeds[few], strict=True)]
+        lines.append(f"{f'MB more with {GROWTH[-1]} images':34}{statistics.median(more):>10.1f}{_spread(more):>10.1f}")
     return "\n".join(lines)
 
 

@@ -178,6 +178,9 @@ def add_recipe_options(parser: Parser) -> None:
     group.add_argument("--beta", type=positive, help="weights from Beta(b, b) (default: uniform)")
     group.add_argument("--hidden", type=whole(0), default=0, help="width of the projection's hidden layer; 0: linear")
     group.add_argument("--temperature", type=positive, help="of `--decoder cosine` (default: learned)")
+    group.add_argument(
+        "--momentum", type=share, default=0.0, help="what is asked about is encoded by the encoder's moving average"
+    )
     add_crop(group)
 
 

@@ -90,9 +90,8 @@ def main() -> None:
     amp = choose_amp(args.amp, device)
     task = cli.make_task(args, args.batch_size, "--batch-size")
     torch.manual_seed(args.seed)
-    model = build_model(
-        args.encoder, args.decoder, args.size, task.classes, hidden=args.hidden, temperature=args.temperature
-    )
+    network = {name: vars(args)[name] for name in ("hidden", "temperature", "momentum")}
+    model = build_model(args.encoder, args.decoder, args.size, task.classes, **network)
     if args.batch_size % RANKS:
         raise UsageError(
             f"--batch-size {args.batch_size} is not a multiple of the {RANKS} processes; change one of them"

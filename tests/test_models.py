@@ -151,3 +151,21 @@ def test_a_hidden_layer(name):
     mixtures, asked = torch.randn(2, 6, 8)
     logits = build_decoder(name, 8, hidden=5)(mixtures, asked, torch.arange(6).expand(6, 6))
     assert logits.shape == (6, 6) and logits.isfinite().all()
+
+
+def test_with_momentum_the_candidates_are_encoded_by_a_follower():
+    torch.manual_seed(0)
+    model = build_model("conv", "ridge", 32, momentum=0.9)
+    mixtures, asked, candidates = torch.randn(6, 3, 32, 32), torch.randn(6, 3, 32, 32), torch.arange(6).expand(6, 6)
+    before = [p.clone() for p in model.encoder.parameters()]
+    with torch.no_grad():
+        for p in model.encoder.parameters():
+            p.add_(0.1)
+    model(mixtures, asked, candidates).square().sum().backward()
+    for old, new, follower in zip(before, model.encoder.parameters(), model.follower.parameters(), strict=True):
+        assert torch.allclose(follower, 0.9 * old + 0.1 * new, atol=1e-6)
+        assert follower.grad is None and new.grad.any()
+    model.eval()  # one encoder answers
+    plain = build_model("conv", "ridge", 32).eval()
+    plain.load_state_dict({name: v for name, v in model.state_dict().items() if not name.startswith("follower.")})
+    assert torch.equal(model(mixtures, asked, candidates), plain(mixtures, asked, candidates))
