@@ -19,6 +19,7 @@ import argparse
 import csv
 import functools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -309,6 +310,8 @@ def growth(args: argparse.Namespace, count: int) -> dict:
         with open(file, "wb") as stream:
             for _ in range(count // 1000):
                 stream.write(block)
+            stream.flush()
+            os.fsync(stream.fileno())  # or the system would write it out while the clock runs
         del block
         pixels = np.memmap(file, np.uint8, "r", shape=(count, 3, side, side))
         entries = [Entry(f"{i}", "unsup", -1) for i in range(count)]
