@@ -168,7 +168,7 @@ BAD = {
     "fewer candidates than sources": (("--candidates", 2, "--sources", 3), "so use 3 or more"),
     "one source": (("--sources", 1), "'1' is not a whole number of 2 or more"),
     "unknown encoder": (("--encoder", "resnet19"), "invalid choice: 'resnet19'"),
-    "unknown option": (("--momentum", 1), "unrecognized arguments: --momentum"),
+    "unknown option": (("--layers", 1), "unrecognized arguments: --layers"),
     "batch size of nothing": (("--batch-size", 0), "'0' is not a whole number of 2 or more"),
     "batch size above the images": (("--batch-size", 5000), "more than the 1958 images to train on"),
     "size of nothing": (("--size", 0), "'0' is not a whole number of 8 to 1024"),
