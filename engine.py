@@ -87,8 +87,6 @@ def make_optimizer(
     """
     groups = {}  # (share of the learning rate, weight decay): parameters
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
         rate = SCALAR_RATE if parameter.ndim == 0 else encoder_rate if name.startswith("encoder.") else 1.0
         groups.setdefault((rate, WEIGHT_DECAY if is_matrix(parameter) else 0.0), []).append(parameter)
     groups = [{"params": p, "rate": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
