@@ -290,6 +290,13 @@ class EpochOrder(Sampler):
             yield order[start : start + self.batch_size]
 
 
+def check_same(then: dict[str, object], now: dict[str, object], folder: str) -> None:
+    """Raises UsageError where the run in `folder`, to be resumed, had images of another `identity` than those now."""
+    for name, was in then.items():
+        if was != now[name]:
+            raise UsageError(f"--resume {folder}: the data is another: {name} was {was}, and is {now[name]} now")
+
+
 def get_dataloaders(
     images: Images,
     train: Sequence[int],

@@ -25,7 +25,7 @@ import checkpoint
 import cli
 import distributed
 import webpage
-from data import PLACES, Images, get_dataloaders, open_pretext
+from data import PLACES, Images, check_same, get_dataloaders, open_pretext
 from distributed import RANK, RANKS
 from engine import Trainer, choose_amp, choose_device, device_name, features, memory
 from errors import Stopped, UsageError
@@ -178,11 +178,7 @@ class Progress:
 
     def restore(self, state: dict) -> None:
         """Go on from a checkpoint. Raises UsageError where it is of other data or another network, or complete."""
-        for name, then in state["data"].items():
-            if then != self.data[name]:
-                raise UsageError(
-                    f"--resume {self.args.resume}: the data is another: {name} was {then}, and is {self.data[name]} now"
-                )
+        check_same(state["data"], self.data, self.args.resume)
         checkpoint.fit(self.trainer.model, state["model"], f"the checkpoint in {self.args.resume}")
         self.trainer.restore(state)
         for name in ("history", "references", "speeds", "seconds"):

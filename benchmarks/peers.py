@@ -26,7 +26,7 @@ import checkpoint
 import cli
 import distributed
 from augment import CROP, augment
-from data import get_dataloaders, open_pretext
+from data import check_same, get_dataloaders, open_pretext
 from engine import Trainer, choose_amp, choose_device, device_name
 from errors import UsageError
 from models import ENCODERS, build_encoder
@@ -115,7 +115,7 @@ def main() -> None:
     args = parser.parse_args()
     if NTXentLoss is None:
         raise UsageError("the package lightly is missing: pip install -r benchmarks/requirements.txt")
-    saved = cli.resume(parser, args, {"epochs", "device"})
+    saved = cli.resume(parser, args, {"device"})
     if args.method not in METHODS:
         raise UsageError(f"give a method: {' or '.join(METHODS)}")
     distributed.alone()
@@ -139,14 +139,15 @@ def train(args: argparse.Namespace, saved: dict | None) -> None:
     steps = args.epochs * len(loader)
     task = Agree(args.size, loss, args.crop)
     trainer = Trainer(model, task, lr=args.lr, steps=steps, seed=args.seed, device=device, amp=amp)
-    cli.make_folder(folder, args, device_name(device))
-    print(images.describe())
-    print(f"{args.method}: training on {len(rows)} images; {device_name(device)}{', bf16' if amp else ''}")
-    speeds, means = [], {}  # images/s of every epoch, figures of the last one
+    identity, speeds, means = images.identity(), [], {}  # images/s of every epoch, figures of the last one
     if saved:
+        check_same(saved["data"], identity, args.resume)
         checkpoint.fit(model, saved["model"], f"the checkpoint in {folder}")
         trainer.restore(saved)
         speeds, means = saved["speeds"], saved["means"]
+    cli.make_folder(folder, args, device_name(device))
+    print(images.describe())
+    print(f"{args.method}: training on {len(rows)} images; {device_name(device)}{', bf16' if amp else ''}")
     seen = len(loader) * args.batch_size  # images an epoch
     bar = tqdm(total=args.epochs * seen, initial=len(speeds) * seen, unit="image", unit_scale=True, disable=None)
     with bar:
@@ -154,8 +155,8 @@ def train(args: argparse.Namespace, saved: dict | None) -> None:
             clock = time.perf_counter()
             means = trainer.train_epoch(loader, epoch, bar)
             speeds.append(seen / (time.perf_counter() - clock))
-            state = {"script": "peers", "settings": vars(args), "speeds": speeds, "means": means}
-            checkpoint.save_last({**trainer.state(), **state}, folder)
+            kept = {"data": identity, "speeds": speeds, "means": means}
+            checkpoint.save_last({**trainer.state(), **kept, "script": "peers", "settings": vars(args)}, folder)
             tqdm.write(f"epoch {epoch + 1}/{args.epochs}: training loss {means['loss']:.3f}; {speeds[-1]:.0f} images/s")
     checkpoint.save(encoder.state_dict(), folder / "encoder.pt")
     summary = {
