@@ -302,7 +302,8 @@ def decode(args: argparse.Namespace) -> dict:
 
 
 def growth(args: argparse.Namespace, count: int) -> dict:
-    """Seconds an image and memory of its own (MB) of training that streams from `count` images."""
+    """Seconds an image, those of loading alone, and memory of its own (MB), of training that streams from `count`
+    images."""
     side = 2 * args.size
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch, "images")
@@ -324,8 +325,9 @@ def growth(args: argparse.Namespace, count: int) -> dict:
             trainer.step(trainer.ask(trainer.task, *batch, generator(0, number)), number)
 
         speed = _loaded(loader, step, args, device)
+        alone = _loaded(loader, lambda batch, number: None, args, device)
     anonymous = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return {"seconds_per_image": 1 / speed, "anonymous_mb": int(anonymous.split()[1]) / 1e3}
+    return {"seconds_per_image": 1 / speed, "loading": 1 / alone, "anonymous_mb": int(anonymous.split()[1]) / 1e3}
 
 
 MEASURES = {"limit": limit, "ours": ours, "obvious": obvious, "lightly": lightly, "decode": decode}
@@ -350,6 +352,7 @@ def table(results: dict) -> str:
     for count in GROWTH:
         if runs := found.get(f"growth-{count}"):
             speeds[f"{count} images, us an image"] = [1e6 * run["seconds_per_image"] for run in runs]
+            speeds[f"{count} images, us to load one"] = [1e6 * run["loading"] for run in runs]
             speeds[f"{count} images, MB of its own"] = [run["anonymous_mb"] for run in runs]
     lines = [
         f"{results['device']}, {results['cores']} cores",
