@@ -116,10 +116,11 @@ def test_every_option_trains(pretext, options):
 
 
 def test_a_folder_of_ones_own(script, folder):
-    end = script("train_pretext.py", "--data", folder, "--epochs", 1, "--batch-size", 16, "--size", 16, "--out", "run")
+    args = ("--epochs", 1, "--batch-size", 16, "--size", 16, "--candidates", 8, "--out", "run")
+    end = script("train_pretext.py", "--data", folder, *args)
     assert end.status == 0, end.err
     assert read(Path("run"))["train_images"] == 36 and "40 unsup, no labels" in end.out
-    assert "no val_own figures" not in end.out
+    assert "no val_own figures: 8 candidates, and 4 validation images" in end.out
 
 
 def test_more_sources_than_validation_images(script, folder):
