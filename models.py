@@ -265,7 +265,7 @@ def build_model(
 ) -> Unmixer | Classifier:
     """The network for views of `size` px: an Unmixer, or with `classes` a Classifier, which has no decoder.
 
-    `comparison` are the options of `build_decoder`.
+    `momentum` is the `Unmixer`'s, and `comparison` are the options of `build_decoder`.
 
     Raises UsageError where the views are too small for the encoder.
     """
