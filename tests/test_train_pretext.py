@@ -225,9 +225,14 @@ def test_help_shows_every_default(script):
 
 
 @pytest.mark.slow
-def test_compiled(pretext):
-    """Compiling changes the speed; the figures stay, up to rounding, and so do the names in encoder.pt."""
-    (end, plain), (compiled_end, compiled) = pretext(), pretext("--compile", out="compiled")
+@pytest.mark.parametrize("options", [("--amp", "off"), ("--candidates", 8)], ids=["float32", "eight candidates"])
+def test_compiled(pretext, options):
+    """Compiling changes the speed; the figures stay, up to rounding, and so do the names in encoder.pt.
+
+    With the whole batch as candidates two epochs of bf16 round too differently to compare: 0.88 and 1.08, where float32
+    gives 0.95 and 0.98.
+    """
+    (end, plain), (compiled_end, compiled) = pretext(*options), pretext(*options, "--compile", out="compiled")
     assert end.status == compiled_end.status == 0, compiled_end.err
     assert read(compiled)["val_loss"] == pytest.approx(read(plain)["val_loss"], rel=0.2)
     ConvEncoder().load_state_dict(torch.load(compiled / "encoder.pt", weights_only=True))
