@@ -20,7 +20,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,13 +172,14 @@ def workers() -> int:
 def pretext_split(entries: Sequence[Entry], batch_size: int, flag: str = "--batch-size") -> tuple[list[int], list[int]]:
     """Rows to train on and rows to validate on, from train/ and unsup/ together; val/ is never seen.
 
-    The validation rows are the tenth (at least 3) whose path has the lowest MD5.
+    The validation rows are the tenth (at least 3) whose path has the lowest MD5, in the order of it: so the images that
+    are asked about together come from all over the data, not from one class.
     Raises UsageError where less than a batch is left to train on.
     """
     rows = [row for row, entry in enumerate(entries) if entry.split != "val"]
     ranked = sorted(rows, key=lambda row: hashlib.md5(os.fsencode(entries[row].path)).hexdigest())
     held_out = max(SMALLEST_VALIDATION, round(len(rows) / 10))
-    train, val = sorted(ranked[held_out:]), sorted(ranked[:held_out])
+    train, val = sorted(ranked[held_out:]), ranked[:held_out]
     if len(train) < 2:
         raise UsageError(
             f"--data holds {len(rows)} image{'s' * (len(rows) != 1)} to train on; unmixing needs at least "
@@ -288,6 +289,12 @@ class EpochOrder(Sampler):
         order = torch.randperm(self.count, generator=generator(self.seed, self.epoch)).tolist()
         for start in range(self.first * self.batch_size, len(self) * self.batch_size, self.batch_size):
             yield order[start : start + self.batch_size]
+
+
+def full_batches(loader: Iterable, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What a loader yields, cut into batches of exactly `size`; what is left over of each is dropped."""
+    for images, labels in loader:
+        yield from zip(images.split(size)[: len(images) // size], labels.split(size), strict=False)
 
 
 def check_same(then: dict[str, object], now: dict[str, object], folder: str) -> None:

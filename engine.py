@@ -280,6 +280,18 @@ class Trainer:
             self.logits(self.ask(self.task, images, labels, generator(self.seed, 0, batch)))
 
     @torch.no_grad()
+    def temperature(self, batches: Iterable, task) -> float:
+        """What the logits are best divided by when `task` is asked, which may be another than the one that was learnt:
+        temperature scaling (Guo et al. 2017, section 4.2), from 0.1 to 10."""
+        self.model.eval()
+        tried = torch.logspace(-1, 1, 81).tolist()
+        losses = 0
+        for question in self.questions(batches, task):
+            logits = self.logits(question)
+            losses = losses + torch.stack([task.score(logits / t, question)["loss"] for t in tried])
+        return tried[int(losses.argmin())]
+
+    @torch.no_grad()
     def answer(self, question) -> torch.Tensor:
         """Logits in eval mode, without gradient."""
         self.model.eval()

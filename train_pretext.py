@@ -12,6 +12,7 @@ and what TensorBoard shows.
 
 import argparse
 import contextlib
+import itertools
 import json
 import signal
 import statistics
@@ -25,7 +26,7 @@ import checkpoint
 import cli
 import distributed
 import webpage
-from data import PLACES, Images, check_same, get_dataloaders, open_pretext
+from data import PLACES, Images, check_same, full_batches, get_dataloaders, open_pretext
 from distributed import RANK, RANKS
 from engine import Trainer, choose_amp, choose_device, device_name, features, memory
 from errors import Stopped, UsageError
@@ -48,6 +49,7 @@ PLUMBING = {
 }
 PROJECTED = 400  # validation images in TensorBoard's projector, at most
 THUMBNAIL = 32  # px
+CALIBRATION = 10  # training batches that tell how confident the network may be
 WORDS = {
     "loss": "loss",
     "source_accuracy": "sources named right",
@@ -210,14 +212,22 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
         progress.save(log.folder)
     # A run on another question than the fixed one is validated on its own as well.
     own = args.task == "mixup" and (task.candidates, task.sources) != (exam.candidates, exam.sources)
-    smallest = min(map(len, val_loader.batch_sampler))
-    if own and max(task.sources, 0 if task.candidates == "batch" else task.candidates) > smallest:
-        print(f"no val_own figures: {task.candidates} candidates, and {smallest} validation images to take them from")
-        own = False
+    if own:
+        # The loss grows with the candidates, so where they are the batch, that has to be as large as in training.
+        batch = task.candidates == "batch"
+        candidates = args.batch_size if batch else max(task.candidates, task.sources)
+        smallest = min(map(len, val_loader.batch_sampler))
+        own = candidates <= smallest
+        if not own:
+            print(f"no val_own figures: {candidates} candidates, and {smallest} validation images to take them from")
+
+    def own_scores(score=None):
+        return trainer.evaluate(full_batches(val_loader, args.batch_size) if batch else val_loader, task, score)
+
     constant = {"floor_loss": 0.0}
     constant |= {f"uninformed_{name}": value for name, value in progress.references["chance"].items()}
     if own:
-        chance = trainer.evaluate(val_loader, task, task.baselines()["chance"])
+        chance = own_scores(task.baselines()["chance"])
         constant |= {f"uninformed_own_{name}": value for name, value in chance.items()}
     if not progress.history:
         log.layout(
@@ -260,7 +270,7 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
             figures |= {"memory_mb": memory(trainer.device)}
             figures |= {f"val_{name}": value for name, value in scores.items()}
             if own:
-                figures |= {f"val_own_{name}": value for name, value in trainer.evaluate(val_loader, task).items()}
+                figures |= {f"val_own_{name}": value for name, value in own_scores().items()}
             clock = time.perf_counter()
             seldom = args.inspect_every and (epoch % args.inspect_every == 0 or epoch == args.epochs)
             if answers.first and not RANK:
@@ -279,11 +289,18 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
                 f"epoch {epoch:{len(str(args.epochs))}}/{args.epochs}: training loss {means['loss']:.3f}; "
                 f"validation {said}; {figures['images_per_second']:.0f} images/s"
             )
-    return {
+    results = {
         **{name: value for name, value in progress.history[-1].items() if name.startswith("val_")},
         "references": progress.references,
         "images_per_second": statistics.median(progress.speeds or [speed]),
     }
+    if isinstance(shown, Question):
+        # Learnt from many candidates, the logits are too far apart among three; how far, training images tell.
+        train_loader.batch_sampler.epoch = train_loader.batch_sampler.first = 0
+        results["temperature"] = t = trainer.temperature(itertools.islice(train_loader, CALIBRATION), exam)
+        score = lambda question: exam.score(trainer.answer(question) / t, question)  # noqa: E731
+        results["calibrated"] = trainer.evaluate(val_loader, exam, score)
+    return results
 
 
 def charts(names: list[str], own: bool) -> dict[str, list[str]]:
@@ -346,12 +363,20 @@ def inspect(trainer: Trainer, val_loader, log: Log, epoch: int, projector: bool 
         log.projector(found, [name or "no label" for name in names], thumbnails, epoch)
 
 
+def compared(summary: dict) -> dict[str, dict[str, float]]:
+    """The result beside what it has to be compared with: {row: {name: figure}}."""
+    rows = {**summary["references"], "trained": {n: summary[f"val_{n}"] for n in WORDS if f"val_{n}" in summary}}
+    if "calibrated" in summary:
+        rows[f"trained, logits / {summary['temperature']:.1f}"] = summary["calibrated"]
+    return rows
+
+
 def write_page(summary: dict, history: list[dict], folder: Path) -> None:
     """report.html."""
     names = {name: word for name, word in WORDS.items() if f"val_{name}" in summary}
-    figures = {**summary["references"], "trained": {name: summary[f"val_{name}"] for name in names}}
     rows = [
-        [row, *(f"{scores[n]:{FORMATS[n]}}" if n in scores else "" for n in names)] for row, scores in figures.items()
+        [row, *(f"{scores[n]:{FORMATS[n]}}" if n in scores else "" for n in names)]
+        for row, scores in compared(summary).items()
     ]
     before_after = {
         word: folder / name
@@ -371,13 +396,12 @@ def write_page(summary: dict, history: list[dict], folder: Path) -> None:
 
 
 def print_summary(summary: dict, folder: Path) -> None:
-    """The result beside what it has to be compared with, and what to do next."""
+    """The result, and what to do next."""
     speed = f"{summary['images_per_second']:.0f} images/s"
     print(f"\n{summary['epochs']} epochs in {cli.duration(summary['seconds'])}, {speed} on {summary['device']}")
     names = [name for name in WORDS if f"val_{name}" in summary and name != "loss"]
     print(f"{'on ' + str(summary['val_images']) + ' validation images':28}" + "".join(f"{WORDS[n]:>22}" for n in names))
-    trained = {name: summary[f"val_{name}"] for name in names}
-    for row, scores in {**summary["references"], "trained": trained}.items():
+    for row, scores in compared(summary).items():
         print(f"  {row:26}" + "".join(f"{scores[name]:>22{FORMATS[name]}}" for name in names))
     print(f"\nlook at it   tensorboard --logdir {folder.parent}")
     if (folder / "validation.png").exists():

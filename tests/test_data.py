@@ -12,7 +12,7 @@ from PIL import Image
 
 import data
 import listing
-from data import choose_place, get_dataloaders, open_images, open_pretext, pretext_split
+from data import choose_place, full_batches, get_dataloaders, open_images, open_pretext, pretext_split
 from errors import UsageError
 from listing import UNLABELLED, list_data
 
@@ -196,6 +196,7 @@ def test_pretext_split_is_the_tenth_of_lowest_md5_and_never_val(labelled):
     assert sorted(train + val) == usable
     digest = lambda row: hashlib.md5(entries[row].path.encode()).hexdigest()  # noqa: E731
     assert max(map(digest, val)) < min(map(digest, train))
+    assert sorted(val, key=digest) == val  # a validation batch shows images of every class, not of one after the other
     assert len(val) == max(3, round(len(usable) / 10))
 
 
@@ -221,6 +222,12 @@ def test_loaders(cache):
     assert not torch.equal(epochs[0], epochs[1]) and torch.equal(epochs[0], epochs[2])
     pixels, labels = map(torch.cat, zip(*val_loader, strict=True))
     assert torch.equal(pixels, torch.from_numpy(images.pixels[val])) and torch.equal(labels, images.labels[val])
+
+
+def test_full_batches():
+    batches = [(torch.arange(7), torch.arange(7) * 10), (torch.arange(2), torch.arange(2))]
+    cut = [(images.tolist(), labels.tolist()) for images, labels in full_batches(batches, 3)]
+    assert cut == [([0, 1, 2], [0, 10, 20]), ([3, 4, 5], [30, 40, 50])]
 
 
 def test_every_training_image_once_an_epoch(folder, tmp_path):

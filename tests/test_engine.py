@@ -73,6 +73,13 @@ def test_evaluation_weighs_batches_by_their_size(loaders):
     assert size == {"size": (30 * 30 + 10 * 10) / 40}
 
 
+def test_the_temperature_undoes_too_much_confidence(loaders, monkeypatch):
+    t = trainer()
+    exam = t.task.validation()
+    monkeypatch.setattr(t, "logits", lambda question: 4 * question.weights.clamp(min=1e-3).log())
+    assert t.temperature(loaders[1], exam) == pytest.approx(4, rel=0.05)
+
+
 def test_settling_warms_up_the_statistics_and_learns_nothing(loaders):
     t = trainer()
     weights = copy.deepcopy(dict(t.model.named_parameters()))

@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,19 @@ def test_another_question_adds_figures_of_its_own(pretext):
     end, folder = pretext("--candidates", 20, "--sources", 3)
     assert end.status == 0, end.err
     assert {"val_own_loss", "val_own_source_accuracy", "val_own_weight_mae"} <= read(folder).keys()
+
+
+def test_a_run_s_own_question_has_as_many_candidates_as_in_training(pretext):
+    end, folder = pretext("--candidates", "batch", "--no-symmetric", "--batch-size", 128, "--epochs", 1)
+    assert end.status == 0, end.err
+    guess = EventAccumulator(str(folder)).Reload().Scalars("own_loss/uninformed")[-1].value
+    # log n less the entropy of the weights, whose mean over uniform ones is 0.5: 128 candidates, not all 218
+    assert guess == pytest.approx(math.log(128) - 0.5, abs=0.1)
+    # having learnt to be unsure among 128, it is too sure among three; the same answers, less far apart, are better
+    summary = read(folder)
+    assert summary["temperature"] > 1 and summary["calibrated"]["loss"] < summary["val_loss"]
+    assert summary["calibrated"]["source_accuracy"] == summary["val_source_accuracy"]
+    assert f"trained, logits / {summary['temperature']:.1f}" in end.out
 
 
 def test_same_seed_same_figures_and_every_seed_the_same_validation_question(pretext):
