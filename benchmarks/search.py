@@ -1,7 +1,7 @@
 """Find the pretext recipe that transfers best: pretrain, transfer, keep every result, tabulate.
 
     python benchmarks/search.py --data FOLDER                        what is left to do, one run of 30 epochs each
-    python benchmarks/search.py --data FOLDER --epochs 100 --seeds 0 1 2 NAME...
+    python benchmarks/search.py NAME... --data FOLDER --epochs 100 --seeds 0 1 2
     python benchmarks/search.py --table                              rewrite the tables of RESULTS.md and README.md
 
 A finished run leaves one file in benchmarks/results/; what is there is not done again, so this can be stopped and
@@ -15,28 +15,29 @@ import json
 import math
 import os
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 HALVES = {"choose": 0, "report": 1}  # the parity of the MD5 of a file's name
-MODES = {"linear": "", "knn": "", "finetune": "--epochs 5 --runs 2"}
 FIRST, FINAL = 30, 100  # epochs of the search and of the final table
-PEERS = ("scratch", "scratch-x4", "rotation", "first", "simclr", "swav")  # what there is to beat
+PEERS = ("scratch", "rotation", "first", "simclr", "swav")  # what there is to beat
 OURS = "ridge-batch"
-LONGER = {"scratch-x4": {"finetune": "--epochs 20 --runs 2"}}  # four times as long, so that nobody calls it starved
+MODES = {  # title: options of train_transfer.py
+    "linear": "--mode linear",
+    "knn": "--mode knn",
+    "finetune": "--mode finetune --epochs 5 --runs 2",
+    "finetune-x4": "--mode finetune --epochs 20",  # so that nobody calls it starved; of OURS and PEERS
+}
 WAYS = ("accuracy", "accuracy_val_classes", "accuracy_uncorrected")
 
 BATCH = "train_pretext.py --decoder cosine --candidates batch"
 RECIPES = {  # name: (encodes an image, command; None: from scratch, what it taught)
     "scratch": (0, None, "what an untrained encoder is worth"),
-    "scratch-x4": (0, None, "four times the fine-tuning makes up for the pretraining of 30 epochs"),
     "rotation": (1, "train_pretext.py --task rotate", "hardly more than no pretext at all"),
     "first": (2, "train_pretext.py --no-views --candidates 3", ""),
     "ridge-8": (2, "train_pretext.py --decoder ridge --candidates 8", ""),
@@ -144,33 +145,33 @@ def main() -> None:
 
 
 def experiment(args: argparse.Namespace, name: str, seed: int) -> None:
-    """Pretrain and transfer one recipe with one seed, unless its result is there."""
+    """Pretrain and transfer one recipe with one seed, as far as its results are not there."""
     file = RESULTS / f"{name}-{args.epochs}-{seed}.json"
-    if file.exists():
-        return
-    folder, common = args.runs / file.stem, ["--seed", seed, "--data-dir", args.runs]
+    folder = args.runs / file.stem
     encodes, recipe, _ = RECIPES[name]
-    result = {"name": name, "epochs": args.epochs, "seed": seed, "encodes": encodes, "commands": [], "modes": {}}
-    if recipe is None:
-        start, result["seconds"] = "scratch", 0.0
-    else:
-        start = folder / "pretext"
-        pretext = [*recipe.split(), "--epochs", args.epochs, "--data", args.data, *common, "--out", start]
+    result = {"name": name, "epochs": args.epochs, "seed": seed, "encodes": encodes, "seconds": 0.0, "modes": {}}
+    if file.exists():
+        result |= json.loads(file.read_text())
+    missing = [mode for mode in modes_of(name) if mode not in result["modes"]]
+    if not missing:
+        return
+    common = ["--data", args.data, "--data-dir", args.runs, "--seed", seed]
+    result["commands"] = [f"python train_transfer.py RUN {MODES[mode]} --seed {seed}" for mode in modes_of(name)]
+    start = "scratch"
+    if recipe:
+        start, words = folder / "pretext", [*recipe.split(), "--epochs", args.epochs]
         if not (start / "summary.json").exists():
             stopped = (start / "checkpoint.pt").exists()
-            words = [recipe.split()[0], "--resume", start] if stopped else [*pretext, "--overwrite"]
-            call(words, folder / "pretext.log")
-        result["commands"].append(f"python {recipe} --epochs {args.epochs} --seed {seed}")
+            rest = ["--resume", start] if stopped else [*words[1:], *common, "--out", start, "--overwrite"]
+            call([words[0], *rest], folder / "pretext.log")
+        result["commands"].insert(0, f"python {recipe} --epochs {args.epochs} --seed {seed}")
         summary = json.loads((start / "summary.json").read_text())
         # From the median epoch, so that what else the machine did for a while does not count.
         result["seconds"] = args.epochs * summary["train_images"] / summary["images_per_second"]
-    for mode, options in LONGER.get(name, MODES).items():
+    for mode in missing:
         out = folder / mode
-        words = ["train_transfer.py", start, "--mode", mode, *options.split()]
-        call([*words, "--data", args.data, *common, "--out", out, "--overwrite"], folder / f"{mode}.log")
-        result["commands"].append(
-            f"python train_transfer.py RUN --mode {mode} {options} --seed {seed}".replace("  ", " ")
-        )
+        words = ["train_transfer.py", start, *MODES[mode].split(), *common, "--out", out, "--overwrite"]
+        call(words, folder / f"{mode}.log")
         summary = next(iter(json.loads((out / "summary.json").read_text()).values()))
         result["device"] = summary["device"]
         result["modes"][mode] = {"seconds": summary["seconds"], **read_right(out / "predictions.csv")}
@@ -178,11 +179,13 @@ def experiment(args: argparse.Namespace, name: str, seed: int) -> None:
     part = file.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(part, file)
-    shutil.rmtree(folder / "finetune", ignore_errors=True)
-    print(
-        f"{file.stem}: " + ", ".join(f"{m} {figure(result, m, 'choose', WAYS[1]):.1%}" for m in result["modes"]),
-        flush=True,
-    )
+    said = [f"{mode} {figure(result, mode, 'choose', WAYS[1]):.1%}" for mode in missing]
+    print(f"{file.stem}: {', '.join(said)}", flush=True)
+
+
+def modes_of(name: str) -> list[str]:
+    """How a recipe's encoder is transferred."""
+    return [mode for mode in MODES if mode != "finetune-x4" or name in (OURS, *PEERS)]
 
 
 def call(words: list, log: Path) -> None:
@@ -249,48 +252,42 @@ def load() -> dict[tuple[str, int], list[dict]]:
     return found
 
 
-def table(results: dict[tuple[str, int], list[dict]], half: str) -> str:
+def table(results: dict[tuple[str, int], list[dict]], half: str, lessons: bool = False) -> str:
     """Markdown: per cent right over the classes of val/ and, in brackets, over all classes, on one half of val/."""
-    lines = [
-        "| recipe | epochs | pretext seeds | encodes an image | seconds | " + " | ".join(MODES) + " | what it taught |",
-        "|---" * (6 + len(MODES)) + "|",
-    ]
+    titles = ["recipe", "epochs", "pretext seeds", "encodes an image", "seconds", *MODES]
+    titles += ["what it taught"] * lessons
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     order = list(RECIPES)
     for (name, epochs), runs in sorted(results.items(), key=lambda item: (item[0][1], order.index(item[0][0]))):
         cells = []
         for mode in MODES:
-            if mode not in runs[0]["modes"]:
-                cells.append("")
-                continue
-            within, over = ([100 * figure(run, mode, half, way) for run in runs] for way in WAYS[1::-1])
-            spread = f" ± {statistics.stdev(within):.1f}" if len(runs) > 1 else ""
-            cells.append(f"{statistics.mean(within):.1f}{spread} ({statistics.mean(over):.1f})")
+            done = [run for run in runs if mode in run["modes"]]
+            within, over = ([100 * figure(run, mode, half, way) for run in done] for way in WAYS[1::-1])
+            spread = f" ± {statistics.stdev(within):.1f}" if len(done) > 1 else ""
+            cells.append(f"{statistics.mean(within):.1f}{spread} ({statistics.mean(over):.1f})" if done else "")
         encodes, command, lesson = RECIPES[name]
         said = f"{name}: `{command}`" if command else f"{name}: no pretext"
         seconds = f"{statistics.mean(run['seconds'] for run in runs):.0f}"
-        lines.append(
-            " | ".join(["", said, str(epochs), str(len(runs)), str(encodes), seconds, *cells, lesson, ""]).strip()
-        )
+        cells = [said, str(epochs), str(len(runs)), str(encodes), seconds, *cells, *[lesson] * lessons]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def differences(results: dict, half: str, epochs: int, others: Iterable[str] = RECIPES, ours: str = OURS) -> str:
-    """Markdown: how far `ours` is ahead of `others` over the classes of val/, with 95 % intervals."""
+def differences(results: dict[tuple[str, int], list[dict]], half: str, epochs: int, ours: str = OURS) -> str:
+    """Markdown: how far `ours` is ahead of the others over the classes of val/, with 95 % intervals."""
     mine = results.get((ours, epochs), [])
     lines = [f"| {ours}, {epochs} epochs, ahead of | " + " | ".join(MODES) + " |", "|---" * (1 + len(MODES)) + "|"]
-    for name in others:
-        theirs = results.get((name, epochs), [])
-        pairs = [(a, b) for a in mine for b in theirs if a["seed"] == b["seed"]]
+    for name in RECIPES:
+        pairs = [(a, b) for a in mine for b in results.get((name, epochs), []) if a["seed"] == b["seed"]]
         if name == ours or not pairs:
             continue
         cells = []
         for mode in MODES:
-            if mode not in theirs[0]["modes"]:
-                cells.append("")
-                continue
-            mean, half_width = difference(*map(list, zip(*pairs, strict=True)), mode, half)
-            cells.append(f"{100 * mean:+.1f} ± {100 * half_width:.1f}")
-        lines.append(f"| {name} ({len(pairs)} seed{'s' * (len(pairs) > 1)}) | " + " | ".join(cells) + " |")
+            done = [pair for pair in pairs if all(mode in result["modes"] for result in pair)]
+            if done:
+                mean, half_width = difference(*map(list, zip(*done, strict=True)), mode, half)
+            cells.append(f"{100 * mean:+.1f} ± {100 * half_width:.1f}" if done else "")
+        lines.append(f"| {name} ({len(pairs)} seed{'s' * (len(pairs) > 1)}) | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -298,11 +295,10 @@ def write_tables() -> None:
     """Replace what stands between the markers of RESULTS.md and README.md."""
     results = load()
     parts = {
-        "search": table({key: runs for key, runs in results.items() if key[1] < FINAL}, "choose"),
+        "search": table({key: runs for key, runs in results.items() if key[1] < FINAL}, "choose", lessons=True),
         "final": table({key: runs for key, runs in results.items() if key[1] >= FINAL}, "report"),
         "search differences": differences(results, "choose", FIRST),
         "differences": differences(results, "report", FINAL),
-        "ahead": differences(results, "choose", FIRST, PEERS),
     }
     for file in (ROOT / "RESULTS.md", ROOT / "README.md"):
         text = file.read_text()
