@@ -31,7 +31,7 @@ MODES = {  # title: options of train_transfer.py
     "linear": "--mode linear",
     "knn": "--mode knn",
     "finetune": "--mode finetune --epochs 5 --runs 2",
-    "finetune-x4": "--mode finetune --epochs 20",  # so that nobody calls it starved; of OURS and PEERS
+    "finetune-x4": "--mode finetune --epochs 20",  # so that nobody calls scratch starved; of OURS and scratch
 }
 WAYS = ("accuracy", "accuracy_val_classes", "accuracy_uncorrected")
 
@@ -185,7 +185,7 @@ def experiment(args: argparse.Namespace, name: str, seed: int) -> None:
 
 def modes_of(name: str) -> list[str]:
     """How a recipe's encoder is transferred."""
-    return [mode for mode in MODES if mode != "finetune-x4" or name in (OURS, *PEERS)]
+    return [mode for mode in MODES if mode != "finetune-x4" or name in (OURS, "scratch")]
 
 
 def call(words: list, log: Path) -> None:

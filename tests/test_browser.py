@@ -30,11 +30,11 @@ const found = [];
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, cache):
-    """A short run with several metrics: its folder."""
+    """A short run validated on its own question as well as on the fixed one: its folder."""
     from conftest import ROOT
 
     folder = tmp_path_factory.mktemp("runs") / "short"
-    words = ["--epochs", 3, "--size", 16, "--batch-size", 256, "--data-dir", cache, "--out", folder]
+    words = ["--epochs", 3, "--size", 16, "--batch-size", 128, "--data-dir", cache, "--out", folder]
     subprocess.run([sys.executable, ROOT / "train_pretext.py", *map(str, words)], check=True, capture_output=True)
     return folder
 
