@@ -1,7 +1,7 @@
 """Find the pretext recipe that transfers best: pretrain, transfer, keep every result, tabulate.
 
     python benchmarks/search.py --data FOLDER                        what is left to do, one run of 30 epochs each
-    python benchmarks/search.py NAME... --data FOLDER --epochs 100 --seeds 0 1 2
+    python benchmarks/search.py NAME... --data FOLDER --seeds 0 1 2  the default and what it is compared with
     python benchmarks/search.py --table                              rewrite the tables of RESULTS.md and README.md
 
 A finished run leaves one file in benchmarks/results/; what is there is not done again, so this can be stopped and
@@ -24,9 +24,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 HALVES = {"choose": 0, "report": 1}  # the parity of the MD5 of a file's name
-FIRST, FINAL = 30, 100  # epochs of the search and of the final table
-PEERS = ("scratch", "rotation", "first", "simclr", "swav")  # what there is to beat
+EPOCHS = 30  # of the search
 OURS = "ridge-batch"
+COMPARED = (OURS, "scratch", "rotation", "first", "simclr", "swav")  # in the final table
 MODES = {  # title: options of train_transfer.py
     "linear": "--mode linear",
     "knn": "--mode knn",
@@ -120,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RECIPES)} (default: all)")
     parser.add_argument("--data", help="folder with train/CLASS, val/CLASS and unsup/")
-    parser.add_argument("--epochs", type=int, default=FIRST, help="of pretraining")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of pretraining")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at once, one thread each")
     parser.add_argument("--runs", type=Path, default=Path("runs", "search"), help="folder for the runs")
@@ -257,8 +257,7 @@ def table(results: dict[tuple[str, int], list[dict]], half: str, lessons: bool =
     titles = ["recipe", "epochs", "pretext seeds", "encodes an image", "seconds", *MODES]
     titles += ["what it taught"] * lessons
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    order = list(RECIPES)
-    for (name, epochs), runs in sorted(results.items(), key=lambda item: (item[0][1], order.index(item[0][0]))):
+    for (name, epochs), runs in ordered(results):
         cells = []
         for mode in MODES:
             done = [run for run in runs if mode in run["modes"]]
@@ -273,13 +272,13 @@ def table(results: dict[tuple[str, int], list[dict]], half: str, lessons: bool =
     return "\n".join(lines)
 
 
-def differences(results: dict[tuple[str, int], list[dict]], half: str, epochs: int, ours: str = OURS) -> str:
-    """Markdown: how far `ours` is ahead of the others over the classes of val/, with 95 % intervals."""
-    mine = results.get((ours, epochs), [])
-    lines = [f"| {ours}, {epochs} epochs, ahead of | " + " | ".join(MODES) + " |", "|---" * (1 + len(MODES)) + "|"]
-    for name in RECIPES:
-        pairs = [(a, b) for a in mine for b in results.get((name, epochs), []) if a["seed"] == b["seed"]]
-        if name == ours or not pairs:
+def differences(results: dict[tuple[str, int], list[dict]], half: str) -> str:
+    """Markdown: how far OURS is ahead of the others over the classes of val/, with 95 % intervals."""
+    titles = [f"{OURS} ahead of", "epochs", "pretext seeds", *MODES]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for (name, epochs), theirs in ordered(results):
+        pairs = [(a, b) for a in results.get((OURS, epochs), []) for b in theirs if a["seed"] == b["seed"]]
+        if name == OURS or not pairs:
             continue
         cells = []
         for mode in MODES:
@@ -287,18 +286,25 @@ def differences(results: dict[tuple[str, int], list[dict]], half: str, epochs: i
             if done:
                 mean, half_width = difference(*map(list, zip(*done, strict=True)), mode, half)
             cells.append(f"{100 * mean:+.1f} ± {100 * half_width:.1f}" if done else "")
-        lines.append(f"| {name} ({len(pairs)} seed{'s' * (len(pairs) > 1)}) | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {epochs} | {len(pairs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def ordered(results: dict[tuple[str, int], list[dict]]) -> list[tuple[tuple[str, int], list[dict]]]:
+    """By epochs, then in the order of RECIPES."""
+    order = list(RECIPES)
+    return sorted(results.items(), key=lambda item: (item[0][1], order.index(item[0][0])))
 
 
 def write_tables() -> None:
     """Replace what stands between the markers of RESULTS.md and README.md."""
     results = load()
+    final = {key: runs for key, runs in results.items() if key[0] in COMPARED and len(runs) > 1}
     parts = {
-        "search": table({key: runs for key, runs in results.items() if key[1] < FINAL}, "choose", lessons=True),
-        "final": table({key: runs for key, runs in results.items() if key[1] >= FINAL}, "report"),
-        "search differences": differences(results, "choose", FIRST),
-        "differences": differences(results, "report", FINAL),
+        "search": table(results, "choose", lessons=True),
+        "final": table(final, "report"),
+        "search differences": differences(results, "choose"),
+        "differences": differences(final, "report"),
     }
     for file in (ROOT / "RESULTS.md", ROOT / "README.md"):
         text = file.read_text()
