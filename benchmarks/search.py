@@ -263,7 +263,8 @@ def table(results: dict[tuple[str, int], list[dict]], half: str, lessons: bool =
             done = [run for run in runs if mode in run["modes"]]
             within, over = ([100 * figure(run, mode, half, way) for run in done] for way in WAYS[1::-1])
             spread = f" ± {statistics.stdev(within):.1f}" if len(done) > 1 else ""
-            cells.append(f"{statistics.mean(within):.1f}{spread} ({statistics.mean(over):.1f})" if done else "")
+            some = f", {len(done)} of the seeds" if len(done) < len(runs) else ""
+            cells.append(f"{statistics.mean(within):.1f}{spread} ({statistics.mean(over):.1f}){some}" if done else "")
         encodes, command, lesson = RECIPES[name]
         said = f"{name}: `{command}`" if command else f"{name}: no pretext"
         seconds = f"{min(run['seconds'] for run in runs):.0f}"  # of the run that was disturbed least
@@ -285,7 +286,8 @@ def differences(results: dict[tuple[str, int], list[dict]], half: str) -> str:
             done = [pair for pair in pairs if all(mode in result["modes"] for result in pair)]
             if done:
                 mean, half_width = difference(*map(list, zip(*done, strict=True)), mode, half)
-            cells.append(f"{100 * mean:+.1f} ± {100 * half_width:.1f}" if done else "")
+            some = f", {len(done)} of the seeds" if len(done) < len(pairs) else ""
+            cells.append(f"{100 * mean:+.1f} ± {100 * half_width:.1f}{some}" if done else "")
         lines.append(f"| {name} | {epochs} | {len(pairs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

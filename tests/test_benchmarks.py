@@ -51,6 +51,8 @@ def test_tables_are_rewritten_between_their_marks(tmp_path, monkeypatch):
             for seed in range(3):
                 file = search.RESULTS / f"{name}-{epochs}-{seed}.json"
                 file.write_text(json.dumps(result(name, seed, [right], epochs)))
+    del (partly := result("scratch", 0, ["1000"]))["modes"]["finetune-x4"]
+    (search.RESULTS / "scratch-100-0.json").write_text(json.dumps(partly))
     (search.RESULTS / "swav-30-0.json").write_text(json.dumps(result("swav", 0, ["0000"], 30)))
     search.main()
     text = (tmp_path / "RESULTS.md").read_text()
@@ -58,6 +60,7 @@ def test_tables_are_rewritten_between_their_marks(tmp_path, monkeypatch):
     for part in (searched, compared):
         assert part.count(f"| {search.OURS}: `") == 2 and "75.0 ± 0.0 (75.0)" in part
         assert "| scratch | 30 | 3 | +50.0 ±" in part and "| scratch | 100 | 3 | +50.0 ±" in part
+        assert part.count(", 2 of the seeds |") == 2  # the figure and the difference
     assert "| swav | 30 | 1 | +75.0 ±" in searched and "swav" not in compared  # one seed is no comparison
     search.main()
     assert (tmp_path / "RESULTS.md").read_text() == text
