@@ -292,9 +292,13 @@ class EpochOrder(Sampler):
 
 
 def full_batches(loader: Iterable, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """What a loader yields, cut into batches of exactly `size`; what is left over of each is dropped."""
-    for images, labels in loader:
-        yield from zip(images.split(size)[: len(images) // size], labels.split(size), strict=False)
+    """What a loader yields, put together and cut into batches of exactly `size`; what is left over is dropped."""
+    rest = None
+    for batch in loader:
+        images, labels = batch if rest is None else map(torch.cat, zip(rest, batch, strict=True))
+        end = len(images) // size * size
+        yield from zip(images[:end].split(size), labels[:end].split(size), strict=True) if end else ()
+        rest = images[end:], labels[end:]
 
 
 def check_same(then: dict[str, object], now: dict[str, object], folder: str) -> None:

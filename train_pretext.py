@@ -210,16 +210,16 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
         if isinstance(shown, Question) and not RANK:
             draw(exam, shown, trainer.answer(shown)).save(log.folder / "validation.before.png")
         progress.save(log.folder)
-    # A run on another question than the fixed one is validated on its own as well.
-    own = args.task == "mixup" and (task.candidates, task.sources) != (exam.candidates, exam.sources)
-    if own:
+    # A run on another question than the fixed one is validated on its own as well, where the images suffice.
+    own = other = args.task == "mixup" and (task.candidates, task.sources) != (exam.candidates, exam.sources)
+    if other:
         # The loss grows with the candidates, so where they are the batch, that has to be as large as in training.
         batch = task.candidates == "batch"
         candidates = args.batch_size if batch else max(task.candidates, task.sources)
-        smallest = min(map(len, val_loader.batch_sampler))
-        own = candidates <= smallest
+        enough = len(val_loader.dataset.rows) if batch else min(map(len, val_loader.batch_sampler))
+        own = candidates <= enough
         if not own:
-            print(f"no val_own figures: {candidates} candidates, and {smallest} validation images to take them from")
+            print(f"no val_own figures: {candidates} candidates, and {enough} validation images to take them from")
 
     def own_scores(score=None):
         return trainer.evaluate(full_batches(val_loader, args.batch_size) if batch else val_loader, task, score)
@@ -232,7 +232,7 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
     if not progress.history:
         log.layout(
             {
-                **charts(list(progress.references["untrained"]), own),
+                **charts(list(progress.references["untrained"]), other, own),
                 **{name.replace("_", " "): [name] for name in SPEED},
             }
         )
@@ -292,9 +292,10 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
     results = {
         **{name: value for name, value in progress.history[-1].items() if name.startswith("val_")},
         "references": progress.references,
+        "own_question": other,  # whether the run trains on another one than all are validated with
         "images_per_second": statistics.median(progress.speeds or [speed]),
     }
-    if isinstance(shown, Question):
+    if other and args.batch_size >= exam.candidates:
         # Learnt from many candidates, the logits are too far apart among three; how far, training images tell.
         train_loader.batch_sampler.epoch = train_loader.batch_sampler.first = 0
         results["temperature"] = t = trainer.temperature(itertools.islice(train_loader, CALIBRATION), exam)
@@ -303,14 +304,16 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
     return results
 
 
-def charts(names: list[str], own: bool) -> dict[str, list[str]]:
-    """{title: figures that belong on one chart}; with `own`, the run trains on another question than the fixed one."""
-    fixed = " on the fixed question" if own else ""
+def charts(names: list[str], other: bool, own: bool) -> dict[str, list[str]]:
+    """{title: figures that belong on one chart}; with `other`, the run trains on another question than the fixed one,
+    and with `own` it is validated on that, too."""
     found = {}
     for name in names:
-        if own:
-            found[WORDS[name]] = [f"train_{name}", f"val_own_{name}", f"uninformed_own_{name}"]
-        found[WORDS[name] + fixed] = [*(() if own else (f"train_{name}",)), f"val_{name}", f"uninformed_{name}"]
+        train = [f"train_{name}"]
+        if other:
+            found[WORDS[name]] = train + ([f"val_own_{name}", f"uninformed_own_{name}"] if own else [])
+            train = []
+        found[WORDS[name] + " on the fixed question" * other] = [*train, f"val_{name}", f"uninformed_{name}"]
     for title, figures in found.items():
         if title.startswith("loss"):
             figures.append("floor_loss")
@@ -384,9 +387,10 @@ def write_page(summary: dict, history: list[dict], folder: Path) -> None:
         if (folder / name).exists()
     }
     settings = json.loads((folder / "settings.json").read_text())
+    own = f"val_own_{next(iter(names))}" in history[0]
     parts = [
         (f"On {summary['val_images']} validation images", webpage.table(["", *names.values()], rows)),
-        ("Epoch by epoch", webpage.charts(history, charts(list(names), f"val_own_{next(iter(names))}" in history[0]))),
+        ("Epoch by epoch", webpage.charts(history, charts(list(names), summary["own_question"], own))),
         ("The same mixtures before and after", webpage.pictures(before_after)),
         ("Command", webpage.preformatted(settings["command"])),
         ("Settings", webpage.preformatted(json.dumps(settings, indent=1))),

@@ -21,6 +21,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import scipy.stats
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 HALVES = {"choose": 0, "report": 1}  # the parity of the MD5 of a file's name
@@ -155,14 +157,21 @@ def experiment(args: argparse.Namespace, name: str, seed: int) -> None:
     missing = [mode for mode in modes_of(name) if mode not in result["modes"]]
     if not missing:
         return
-    common = ["--data", args.data, "--data-dir", args.runs, "--seed", seed]
-    result["commands"] = [f"python train_transfer.py RUN {MODES[mode]} --seed {seed}" for mode in modes_of(name)]
+    common = ["--data", args.data, "--data-dir", args.runs]
+    # No two pretext seeds share a run of fine-tuning: from scratch these would be the same.
+    seeds = {mode: 2 * seed if mode == "finetune" else seed for mode in modes_of(name)}
+    result["commands"] = [
+        f"python train_transfer.py {'RUN' if recipe else 'scratch'} {MODES[mode]} --seed {seeds[mode]}"
+        for mode in modes_of(name)
+    ]
     start = "scratch"
     if recipe:
         start, words = folder / "pretext", [*recipe.split(), "--epochs", args.epochs]
         if not (start / "summary.json").exists():
+            missing = modes_of(name)  # all of a row is of one encoder
             stopped = (start / "checkpoint.pt").exists()
-            rest = ["--resume", start] if stopped else [*words[1:], *common, "--out", start, "--overwrite"]
+            new = [*words[1:], *common, "--seed", seed, "--out", start, "--overwrite"]
+            rest = ["--resume", start] if stopped else new
             call([words[0], *rest], folder / "pretext.log")
         result["commands"].insert(0, f"python {recipe} --epochs {args.epochs} --seed {seed}")
         summary = json.loads((start / "summary.json").read_text())
@@ -170,7 +179,8 @@ def experiment(args: argparse.Namespace, name: str, seed: int) -> None:
         result["seconds"] = args.epochs * summary["train_images"] / summary["images_per_second"]
     for mode in missing:
         out = folder / mode
-        words = ["train_transfer.py", start, *MODES[mode].split(), *common, "--out", out, "--overwrite"]
+        words = ["train_transfer.py", start, *MODES[mode].split(), *common, "--seed", seeds[mode], "--out", out]
+        words.append("--overwrite")
         call(words, folder / f"{mode}.log")
         summary = next(iter(json.loads((out / "summary.json").read_text()).values()))
         result["device"] = summary["device"]
@@ -229,18 +239,21 @@ def figure(result: dict, mode: str, half: str, way: str) -> float:
 def difference(ours: list[dict], theirs: list[dict], mode: str, half: str) -> tuple[float, float]:
     """Mean paired difference of the accuracies over the classes of val/, and half of its 95 % interval.
 
-    Paired by image and by pretext seed. Images and seeds both vary, so their variances add up (a normal approximation
-    that counts the noise of single runs twice, so it is on the wide side).
+    Paired by image and by pretext seed. Images and seeds both vary, so their variances add up (which counts the noise
+    of single runs twice); Student's t with the degrees of freedom of Welch and Satterthwaite, since seeds are few. With
+    one seed the interval is that of the images alone.
     """
     pairs = list(zip(ours, theirs, strict=True))
     rows = [
         [a - b for a, b in zip(*(rights(r, mode, half, WAYS[1]) for r in pair), strict=True)] for pair in pairs
     ]  # seeds, images
     images = [statistics.mean(column) for column in zip(*rows, strict=True)]
-    variance = statistics.variance(images) / len(images)
+    parts = [(statistics.variance(images) / len(images), len(images) - 1)]  # variance, degrees of freedom
     if len(rows) > 1:
-        variance += statistics.variance(map(statistics.mean, rows)) / len(rows)
-    return statistics.mean(images), 1.96 * math.sqrt(variance)
+        parts.append((statistics.variance(map(statistics.mean, rows)) / len(rows), len(rows) - 1))
+    variance = sum(part for part, _ in parts)
+    freedom = variance**2 / sum(part**2 / free for part, free in parts) if variance else 1
+    return statistics.mean(images), float(scipy.stats.t.ppf(0.975, freedom)) * math.sqrt(variance)
 
 
 def load() -> dict[tuple[str, int], list[dict]]:

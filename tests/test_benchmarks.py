@@ -34,7 +34,8 @@ def test_paired_differences():
     ours, theirs = result("symmetric", 0, ["1111"]), result("scratch", 0, ["1100"])
     assert search.difference([ours], [ours], "linear", "report") == (0.0, 0.0)
     mean, half_width = search.difference([ours], [theirs], "linear", "report")
-    assert mean == 0.5 and half_width == pytest.approx(1.96 * (1 / 3 / 4) ** 0.5)
+    # Student's t for four images, whose differences 0, 0, 1, 1 have a variance of 1/3
+    assert mean == 0.5 and half_width == pytest.approx(3.1824 * (1 / 3 / 4) ** 0.5, rel=1e-4)
     again = result("symmetric", 1, ["0011"])  # seeds that disagree widen the interval
     assert search.difference([ours, again], [theirs, theirs], "linear", "report")[1] > half_width
 
@@ -61,6 +62,6 @@ def test_tables_are_rewritten_between_their_marks(tmp_path, monkeypatch):
         assert part.count(f"| {search.OURS}: `") == 2 and "75.0 ± 0.0 (75.0)" in part
         assert "| scratch | 30 | 3 | +50.0 ±" in part and "| scratch | 100 | 3 | +50.0 ±" in part
         assert part.count(", 2 of the seeds |") == 2  # the figure and the difference
-    assert "| swav | 30 | 1 | +75.0 ±" in searched and "swav" not in compared  # one seed is no comparison
+    assert "| swav | 30 | 1 | +75.0 ±" in searched and "| swav" not in compared  # one seed is no comparison
     search.main()
     assert (tmp_path / "RESULTS.md").read_text() == text

@@ -227,7 +227,8 @@ def test_loaders(cache):
 def test_full_batches():
     batches = [(torch.arange(7), torch.arange(7) * 10), (torch.arange(2), torch.arange(2))]
     cut = [(images.tolist(), labels.tolist()) for images, labels in full_batches(batches, 3)]
-    assert cut == [([0, 1, 2], [0, 10, 20]), ([3, 4, 5], [30, 40, 50])]
+    assert cut == [([0, 1, 2], [0, 10, 20]), ([3, 4, 5], [30, 40, 50]), ([6, 0, 1], [60, 0, 1])]
+    assert list(full_batches(batches, 10)) == []
 
 
 def test_every_training_image_once_an_epoch(folder, tmp_path):

@@ -143,6 +143,18 @@ def test_more_sources_than_validation_images(script, folder):
     assert end.status == 0 and "no val_own figures" in end.out, end.err
 
 
+def test_the_training_question_has_a_chart_of_its_own_even_where_it_is_not_validated(script, folder):
+    end = script("train_pretext.py", "--data", folder, "--epochs", 1, "--batch-size", 16, "--size", 16, "--out", "run")
+    assert end.status == 0 and "no val_own figures: 16 candidates" in end.out, end.err
+    assert "loss on the fixed question" in Path("run", "report.html").read_text()
+
+
+def test_batches_of_two(script, folder):
+    end = script("train_pretext.py", "--data", folder, "--epochs", 1, "--batch-size", 2, "--size", 16, "--out", "run")
+    assert end.status == 0, end.err
+    assert "calibrated" not in read(Path("run"))  # three candidates cannot be drawn from two images
+
+
 def test_val_is_never_seen(script, labelled, monkeypatch):
     import data
     import listing
