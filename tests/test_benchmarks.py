@@ -59,7 +59,7 @@ def test_tables_are_rewritten_between_their_marks(tmp_path, monkeypatch):
     text = (tmp_path / "RESULTS.md").read_text()
     searched, compared = text.split("## The comparison")
     for part in (searched, compared):
-        assert part.count(f"| {search.OURS}: `") == 2 and "75.0 ± 0.0 (75.0)" in part
+        assert part.count(f"| {search.OURS}: `") == 2 and "75.0 ± 0.0 (75.0, 75.0)" in part
         assert "| scratch | 30 | 3 | +50.0 ±" in part and "| scratch | 100 | 3 | +50.0 ±" in part
         assert part.count(", 2 of the seeds |") == 2  # the figure and the difference
     assert "| swav | 30 | 1 | +75.0 ±" in searched and "| swav" not in compared  # one seed is no comparison
