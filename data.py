@@ -291,14 +291,19 @@ class EpochOrder(Sampler):
             yield order[start : start + self.batch_size]
 
 
-def full_batches(loader: Iterable, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+class FullBatches:
     """What a loader yields, put together and cut into batches of exactly `size`; what is left over is dropped."""
-    rest = None
-    for batch in loader:
-        images, labels = batch if rest is None else map(torch.cat, zip(rest, batch, strict=True))
-        end = len(images) // size * size
-        yield from zip(images[:end].split(size), labels[:end].split(size), strict=True) if end else ()
-        rest = images[end:], labels[end:]
+
+    def __init__(self, loader: Iterable, size: int):
+        self.loader, self.size = loader, size
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        rest = None
+        for batch in self.loader:
+            images, labels = batch if rest is None else map(torch.cat, zip(rest, batch, strict=True))
+            end = len(images) // self.size * self.size
+            yield from zip(images[:end].split(self.size), labels[:end].split(self.size), strict=True) if end else ()
+            rest = images[end:], labels[end:]
 
 
 def check_same(then: dict[str, object], now: dict[str, object], folder: str) -> None:

@@ -1,7 +1,8 @@
-"""What a run leaves to look at: TensorBoard's curves, pictures and tables, and history.csv."""
+"""What a run leaves to look at: TensorBoard's curves, pictures and tables, history.csv, and how figures are said."""
 
 import csv
 import io
+import math
 import sys
 from pathlib import Path
 
@@ -13,6 +14,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 HISTOGRAM = 10_000  # values of a layer in a histogram, about
 PHASES = ("train", "val", "uninformed", "floor")
+WORDS = {  # how a figure is called
+    "loss": "loss",
+    "source_accuracy": "sources named right",
+    "weight_mae": "weight error",
+    "accuracy": "accuracy",
+}
+FORMATS = {"loss": ".3f", "source_accuracy": ".1%", "weight_mae": ".3f", "accuracy": ".1%"}
 
 
 class Log:
@@ -122,3 +130,35 @@ class Silent(Log):
     def projector(self, features, names, thumbnails, epoch): ...
     def settings(self, settings, final, epoch): ...
     def close(self): ...
+
+
+def charts(names: list[str], other: bool, own: bool) -> dict[str, list[str]]:
+    """{title: figures that belong on one chart}; with `other`, the run trains on another question than the fixed one,
+    and with `own` it is validated on that, too."""
+    found = {}
+    for name in names:
+        train = [f"train_{name}"]
+        if other:
+            found[WORDS[name]] = train + ([f"val_own_{name}", f"uninformed_own_{name}"] if own else [])
+            train = []
+        found[WORDS[name] + " on the fixed question" * other] = [*train, f"val_{name}", f"uninformed_{name}"]
+    for title, figures in found.items():
+        if title.startswith("loss"):
+            figures.append("floor_loss")
+    return found
+
+
+def compared(summary: dict) -> dict[str, dict[str, str]]:
+    """The result beside what it has to be compared with, {row: {name: figure}}; shares with one standard error."""
+    rows = {**summary["references"], "trained": {n: summary[f"val_{n}"] for n in WORDS if f"val_{n}" in summary}}
+    if "calibrated" in summary:
+        rows[f"trained, logits / {summary['temperature']:.1f}"] = summary["calibrated"]
+
+    def said(row: str, name: str, value: float) -> str:
+        error = math.sqrt(max(0, value * (1 - value)) / summary["val_images"])  # of a binomial
+        sampled = FORMATS[name].endswith("%") and row != "chance"  # which is exact
+        return f"{value:{FORMATS[name]}}" + f" ± {100 * error:.1f}" * sampled
+
+    return {
+        row: {name: said(row, name, scores[name]) for name in WORDS if name in scores} for row, scores in rows.items()
+    }

@@ -17,6 +17,7 @@ import json
 import signal
 import statistics
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -26,13 +27,13 @@ import checkpoint
 import cli
 import distributed
 import webpage
-from data import PLACES, Images, check_same, full_batches, get_dataloaders, open_pretext
+from data import PLACES, FullBatches, Images, check_same, get_dataloaders, open_pretext
 from distributed import RANK, RANKS
 from engine import Trainer, choose_amp, choose_device, device_name, features, memory
 from errors import Stopped, UsageError
 from models import build_model
 from pictures import draw_filters, draw_mixtures, draw_neighbours
-from report import Log, Silent
+from report import FORMATS, WORDS, Log, Silent, charts, compared
 from tasks import Question, divergence
 
 SPEED = ("learning_rate", "gradient_norm", "images_per_second", "memory_mb")
@@ -50,13 +51,6 @@ PLUMBING = {
 PROJECTED = 400  # validation images in TensorBoard's projector, at most
 THUMBNAIL = 32  # px
 CALIBRATION = 10  # training batches that tell how confident the network may be
-WORDS = {
-    "loss": "loss",
-    "source_accuracy": "sources named right",
-    "weight_mae": "weight error",
-    "accuracy": "accuracy",
-}
-FORMATS = {"loss": ".3f", "source_accuracy": ".1%", "weight_mae": ".3f", "accuracy": ".1%"}
 
 
 def parse() -> tuple[argparse.Namespace, dict | None]:
@@ -211,28 +205,17 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
             draw(exam, shown, trainer.answer(shown)).save(log.folder / "validation.before.png")
         progress.save(log.folder)
     # A run on another question than the fixed one is validated on its own as well, where the images suffice.
-    own = other = args.task == "mixup" and (task.candidates, task.sources) != (exam.candidates, exam.sources)
-    if other:
-        # The loss grows with the candidates, so where they are the batch, that has to be as large as in training.
-        batch = task.candidates == "batch"
-        candidates = args.batch_size if batch else max(task.candidates, task.sources)
-        enough = len(val_loader.dataset.rows) if batch else min(map(len, val_loader.batch_sampler))
-        own = candidates <= enough
-        if not own:
-            print(f"no val_own figures: {candidates} candidates, and {enough} validation images to take them from")
-
-    def own_scores(score=None):
-        return trainer.evaluate(full_batches(val_loader, args.batch_size) if batch else val_loader, task, score)
-
+    other = args.task == "mixup" and (task.candidates, task.sources) != (exam.candidates, exam.sources)
+    own = own_batches(task, val_loader, args.batch_size) if other else None
     constant = {"floor_loss": 0.0}
     constant |= {f"uninformed_{name}": value for name, value in progress.references["chance"].items()}
-    if own:
-        chance = own_scores(task.baselines()["chance"])
+    if own is not None:
+        chance = trainer.evaluate(own, task, task.baselines()["chance"])
         constant |= {f"uninformed_own_{name}": value for name, value in chance.items()}
     if not progress.history:
         log.layout(
             {
-                **charts(list(progress.references["untrained"]), other, own),
+                **charts(list(progress.references["untrained"]), other, own is not None),
                 **{name.replace("_", " "): [name] for name in SPEED},
             }
         )
@@ -269,8 +252,8 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
             figures |= {"images_per_second": speed}
             figures |= {"memory_mb": memory(trainer.device)}
             figures |= {f"val_{name}": value for name, value in scores.items()}
-            if own:
-                figures |= {f"val_own_{name}": value for name, value in own_scores().items()}
+            if own is not None:
+                figures |= {f"val_own_{name}": value for name, value in trainer.evaluate(own, task).items()}
             clock = time.perf_counter()
             seldom = args.inspect_every and (epoch % args.inspect_every == 0 or epoch == args.epochs)
             if answers.first and not RANK:
@@ -284,10 +267,10 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
             log.epoch(epoch, {**figures, "logging_seconds": time.perf_counter() - clock, **constant})
             progress.history = log.history
             progress.save(log.folder)
-            said = ", ".join(f"{WORDS[name]} {value:{FORMATS[name]}}" for name, value in scores.items())
+            scored = ", ".join(f"{WORDS[name]} {value:{FORMATS[name]}}" for name, value in scores.items())
             tqdm.write(
                 f"epoch {epoch:{len(str(args.epochs))}}/{args.epochs}: training loss {means['loss']:.3f}; "
-                f"validation {said}; {figures['images_per_second']:.0f} images/s"
+                f"validation {scored}; {figures['images_per_second']:.0f} images/s"
             )
     results = {
         **{name: value for name, value in progress.history[-1].items() if name.startswith("val_")},
@@ -304,20 +287,18 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
     return results
 
 
-def charts(names: list[str], other: bool, own: bool) -> dict[str, list[str]]:
-    """{title: figures that belong on one chart}; with `other`, the run trains on another question than the fixed one,
-    and with `own` it is validated on that, too."""
-    found = {}
-    for name in names:
-        train = [f"train_{name}"]
-        if other:
-            found[WORDS[name]] = train + ([f"val_own_{name}", f"uninformed_own_{name}"] if own else [])
-            train = []
-        found[WORDS[name] + " on the fixed question" * other] = [*train, f"val_{name}", f"uninformed_{name}"]
-    for title, figures in found.items():
-        if title.startswith("loss"):
-            figures.append("floor_loss")
-    return found
+def own_batches(task, val_loader, batch_size: int) -> Iterable | None:
+    """The validation batches for a run's own question; None, which is said, where the images are too few for it."""
+    if task.candidates == "batch":  # the loss grows with the candidates, so as many as in training
+        candidates, enough = batch_size, len(val_loader.dataset.rows)
+        batches = FullBatches(val_loader, batch_size)
+    else:
+        candidates, enough = max(task.candidates, task.sources), min(map(len, val_loader.batch_sampler))
+        batches = val_loader
+    if candidates <= enough:
+        return batches
+    print(f"no val_own figures: {candidates} candidates, and {enough} validation images to take them from")
+    return None
 
 
 def draw(task, question: Question, logits: torch.Tensor):
@@ -366,21 +347,10 @@ def inspect(trainer: Trainer, val_loader, log: Log, epoch: int, projector: bool 
         log.projector(found, [name or "no label" for name in names], thumbnails, epoch)
 
 
-def compared(summary: dict) -> dict[str, dict[str, float]]:
-    """The result beside what it has to be compared with: {row: {name: figure}}."""
-    rows = {**summary["references"], "trained": {n: summary[f"val_{n}"] for n in WORDS if f"val_{n}" in summary}}
-    if "calibrated" in summary:
-        rows[f"trained, logits / {summary['temperature']:.1f}"] = summary["calibrated"]
-    return rows
-
-
 def write_page(summary: dict, history: list[dict], folder: Path) -> None:
     """report.html."""
     names = {name: word for name, word in WORDS.items() if f"val_{name}" in summary}
-    rows = [
-        [row, *(f"{scores[n]:{FORMATS[n]}}" if n in scores else "" for n in names)]
-        for row, scores in compared(summary).items()
-    ]
+    rows = [[row, *(scores.get(name, "") for name in names)] for row, scores in compared(summary).items()]
     before_after = {
         word: folder / name
         for word, name in (("before training", "validation.before.png"), ("after", "validation.png"))
@@ -406,7 +376,7 @@ def print_summary(summary: dict, folder: Path) -> None:
     names = [name for name in WORDS if f"val_{name}" in summary and name != "loss"]
     print(f"{'on ' + str(summary['val_images']) + ' validation images':28}" + "".join(f"{WORDS[n]:>22}" for n in names))
     for row, scores in compared(summary).items():
-        print(f"  {row:26}" + "".join(f"{scores[name]:>22{FORMATS[name]}}" for name in names))
+        print(f"  {row:26}" + "".join(f"{scores[name]:>22}" for name in names))
     print(f"\nlook at it   tensorboard --logdir {folder.parent}")
     if (folder / "validation.png").exists():
         print(f"or           {folder}/report.html, validation.png")

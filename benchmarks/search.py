@@ -29,6 +29,7 @@ HALVES = {"choose": 0, "report": 1}  # the parity of the MD5 of a file's name
 EPOCHS = 30  # of the search
 OURS = "ridge-batch"
 COMPARED = (OURS, "scratch", "rotation", "first", "simclr", "swav")  # in the final table
+COMPARED_EPOCHS = (0, 30, 100)  # 0: no pretext
 MODES = {  # title: options of train_transfer.py
     "linear": "--mode linear",
     "knn": "--mode knn",
@@ -152,10 +153,11 @@ def main() -> None:
 
 def experiment(args: argparse.Namespace, name: str, seed: int) -> None:
     """Pretrain and transfer one recipe with one seed, as far as its results are not there."""
-    file = RESULTS / f"{name}-{args.epochs}-{seed}.json"
-    folder = args.runs / file.stem
     encodes, recipe, _ = RECIPES[name]
-    result = {"name": name, "epochs": args.epochs, "seed": seed, "encodes": encodes, "seconds": 0.0, "modes": {}}
+    epochs = args.epochs if recipe else 0
+    file = RESULTS / f"{name}-{epochs}-{seed}.json"
+    folder = args.runs / file.stem
+    result = {"name": name, "epochs": epochs, "seed": seed, "encodes": encodes, "seconds": 0.0, "modes": {}}
     if file.exists():
         result |= json.loads(file.read_text())
     missing = [mode for mode in modes_of(name) if mode not in result["modes"]]
@@ -170,17 +172,17 @@ def experiment(args: argparse.Namespace, name: str, seed: int) -> None:
     ]
     start = "scratch"
     if recipe:
-        start, words = folder / "pretext", [*recipe.split(), "--epochs", args.epochs]
+        start, words = folder / "pretext", [*recipe.split(), "--epochs", epochs]
         if not (start / "summary.json").exists():
             missing = modes_of(name)  # all of a row is of one encoder
             stopped = (start / "checkpoint.pt").exists()
             new = [*words[1:], *common, "--seed", seed, "--out", start, "--overwrite"]
             rest = ["--resume", start] if stopped else new
             call([words[0], *rest], folder / "pretext.log")
-        result["commands"].insert(0, f"python {recipe} --epochs {args.epochs} --seed {seed}")
+        result["commands"].insert(0, f"python {recipe} --epochs {epochs} --seed {seed}")
         summary = json.loads((start / "summary.json").read_text())
         # From the median epoch, so that what else the machine did for a while does not count.
-        result["seconds"] = args.epochs * summary["train_images"] / summary["images_per_second"]
+        result["seconds"] = epochs * summary["train_images"] / summary["images_per_second"]
     for mode in missing:
         out = folder / mode
         words = ["train_transfer.py", start, *MODES[mode].split(), *common, "--seed", seeds[mode], "--out", out]
@@ -280,9 +282,8 @@ def table(results: dict[tuple[str, int], list[dict]], half: str, lessons: bool =
             done = [run for run in runs if mode in run["modes"]]
             over, within, plain = ([100 * figure(run, mode, half, way) for run in done] for way in WAYS)
             spread = f" ± {statistics.stdev(within):.1f}" if len(done) > 1 else ""
-            some = f", {len(done)} of the seeds" if len(done) < len(runs) else ""
             others = ", ".join(f"{statistics.mean(values):.1f}" for values in (over, plain)) if done else ""
-            cells.append(f"{statistics.mean(within):.1f}{spread} ({others}){some}" if done else "")
+            cells.append(f"{statistics.mean(within):.1f}{spread} ({others}){of(done, runs)}" if done else "")
         encodes, command, lesson = RECIPES[name]
         said = f"{name}: `{command}`" if command else f"{name}: no pretext"
         seconds = f"{min(run['seconds'] for run in runs):.0f}"  # of the run that was disturbed least
@@ -295,19 +296,25 @@ def differences(results: dict[tuple[str, int], list[dict]], half: str) -> str:
     """Markdown: how far OURS is ahead of the others over the classes of val/, with 95 % intervals."""
     titles = [f"{OURS} ahead of", "epochs", "pretext seeds", *MODES]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for (name, epochs), theirs in ordered(results):
-        pairs = [(a, b) for a in results.get((OURS, epochs), []) for b in theirs if a["seed"] == b["seed"]]
-        if name == OURS or not pairs:
-            continue
-        cells = []
-        for mode in MODES:
-            done = [pair for pair in pairs if all(mode in result["modes"] for result in pair)]
-            if done:
-                mean, half_width = difference(*map(list, zip(*done, strict=True)), mode, half)
-            some = f", {len(done)} of the seeds" if len(done) < len(pairs) else ""
-            cells.append(f"{100 * mean:+.1f} ± {100 * half_width:.1f}{some}" if done else "")
-        lines.append(f"| {name} | {epochs} | {len(pairs)} | {' | '.join(cells)} |")
+    trials = ordered(results)
+    for epochs, ours in [(epochs, runs) for (name, epochs), runs in trials if name == OURS]:
+        for name, theirs in [(name, runs) for (name, trained), runs in trials if trained in (0, epochs)]:
+            pairs = [(a, b) for a in ours for b in theirs if a["seed"] == b["seed"]]
+            if name == OURS or not pairs:
+                continue
+            cells = []
+            for mode in MODES:
+                done = [pair for pair in pairs if all(mode in result["modes"] for result in pair)]
+                if done:
+                    mean, half_width = difference(*map(list, zip(*done, strict=True)), mode, half)
+                cells.append(f"{100 * mean:+.1f} ± {100 * half_width:.1f}{of(done, pairs)}" if done else "")
+            lines.append(f"| {name} | {epochs} | {len(pairs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def of(done: list, runs: list) -> str:
+    """What a cell says where not every pretext seed has it."""
+    return f", {len(done)} of the seeds" if len(done) < len(runs) else ""
 
 
 def ordered(results: dict[tuple[str, int], list[dict]]) -> list[tuple[tuple[str, int], list[dict]]]:
@@ -319,7 +326,7 @@ def ordered(results: dict[tuple[str, int], list[dict]]) -> list[tuple[tuple[str,
 def write_tables() -> None:
     """Replace what stands between the markers of RESULTS.md and README.md."""
     results = load()
-    final = {key: runs for key, runs in results.items() if key[0] in COMPARED and len(runs) > 1}
+    final = {(name, n): runs for (name, n), runs in results.items() if name in COMPARED and n in COMPARED_EPOCHS}
     parts = {
         "search": table(results, "choose", lessons=True),
         "final": table(final, "report"),

@@ -12,7 +12,7 @@ from PIL import Image
 
 import data
 import listing
-from data import choose_place, full_batches, get_dataloaders, open_images, open_pretext, pretext_split
+from data import FullBatches, choose_place, get_dataloaders, open_images, open_pretext, pretext_split
 from errors import UsageError
 from listing import UNLABELLED, list_data
 
@@ -226,9 +226,9 @@ def test_loaders(cache):
 
 def test_full_batches():
     batches = [(torch.arange(7), torch.arange(7) * 10), (torch.arange(2), torch.arange(2))]
-    cut = [(images.tolist(), labels.tolist()) for images, labels in full_batches(batches, 3)]
+    cut = [(images.tolist(), labels.tolist()) for images, labels in FullBatches(batches, 3)]
     assert cut == [([0, 1, 2], [0, 10, 20]), ([3, 4, 5], [30, 40, 50]), ([6, 0, 1], [60, 0, 1])]
-    assert list(full_batches(batches, 10)) == []
+    assert list(FullBatches(batches, 10)) == []
 
 
 def test_every_training_image_once_an_epoch(folder, tmp_path):

@@ -76,6 +76,8 @@ def test_a_run_leaves_everything_that_is_promised(pretext):
     assert f"tensorboard --logdir {folder.parent}" in end.out
     for row in ("chance", "least squares on pixels", "untrained", "trained"):
         assert row in end.out
+    right = read(folder)["val_source_accuracy"]  # of 218 images
+    assert f"{right:.1%} ± {100 * math.sqrt(right * (1 - right) / 218):.1f} " in end.out
 
 
 def test_another_question_adds_figures_of_its_own(pretext):
