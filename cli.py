@@ -186,7 +186,9 @@ def add_recipe_options(parser: Parser) -> None:
 
 def add_crop(group: argparse._ArgumentGroup) -> None:
     """--crop."""
-    group.add_argument("--crop", type=crop, default=CROP, help="smallest share of an image that a view shows")
+    group.add_argument(
+        "--crop", type=crop, default=CROP, help="smallest share of an image in a view, give or take its aspect"
+    )
 
 
 def make_task(args: argparse.Namespace, batch: int, batch_name: str) -> WeightTask | LabelTask:
@@ -207,6 +209,19 @@ def make_task(args: argparse.Namespace, batch: int, batch_name: str) -> WeightTa
     return task
 
 
+def refuse_unused(parser: Parser, task: str) -> None:
+    """Raises UsageError where an option is given that this task has no use for."""
+    unmixing = {"candidates", "sources", "views", "activation", "loss", "decoder", "hidden", "temperature", "momentum"}
+    unused = {
+        "duplicate": {"sources", "pure", "beta"},
+        "scale": {"sources", "views", *MIXING},
+        "quadrant": {*unmixing, *MIXING},
+        "rotate": {*unmixing, *MIXING} - {"crop"},
+    }
+    for name in sorted(parser.given() & unused.get(task, set())):
+        raise UsageError(f"--{name} is given, and --task {task} has no use for it; leave one of them out")
+
+
 def add_model_options(parser: Parser) -> argparse._ArgumentGroup:
     """--encoder, --decoder. Returns their group."""
     group = parser.add_argument_group("network")
@@ -215,10 +230,10 @@ def add_model_options(parser: Parser) -> argparse._ArgumentGroup:
     return group
 
 
-def add_loop_options(parser: Parser, lr: float | None, lr_help: str = "") -> argparse._ArgumentGroup:
+def add_loop_options(parser: Parser) -> argparse._ArgumentGroup:
     """--lr, --seed, --device, --amp. Returns their group, for what only one script has."""
     group = parser.add_argument_group("training")
-    group.add_argument("--lr", type=rate, default=lr, help=f"peak learning rate of AdamW{lr_help}")
+    group.add_argument("--lr", type=rate, default=1e-3, help="peak learning rate of AdamW")
     group.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="fixes all that is random")
     group.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
     group.add_argument(

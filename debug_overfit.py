@@ -49,7 +49,7 @@ def parse() -> argparse.Namespace:
     cli.add_task_options(parser, candidates=3)
     group = cli.add_model_options(parser)
     group.add_argument("--pretrained", action="store_true", help="start from torchvision's weights")
-    cli.add_loop_options(parser, lr=1e-3)
+    cli.add_loop_options(parser)
     cli.add_run_options(parser)
     args = parser.parse_args()
     if args.fault not in (None, "list", *FAULTS):

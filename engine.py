@@ -191,7 +191,9 @@ class Trainer:
         self.net = self.model  # what learns: the model, on every rank
         if RANKS > 1:
             if self.device.type == "cuda":
-                model.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(model.encoder)
+                for name in ("encoder", "follower"):
+                    if getattr(model, name, None):
+                        setattr(model, name, nn.SyncBatchNorm.convert_sync_batchnorm(getattr(model, name)))
             self.net = DistributedDataParallel(model, [self.device] if self.device.type == "cuda" else None)
         self.fused = self.device.type != "mps"
         self.optimizer = make_optimizer(model, lr, self.device, encoder_rate)
@@ -203,7 +205,7 @@ class Trainer:
         lr = learning_rate(step, self.steps, self.lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["rate"]
-        scores = self._score(question, self.task)
+        scores = self._score(question)
         self.optimizer.zero_grad(set_to_none=True)
         scores["loss"].backward()
         scores["gradient_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
@@ -320,8 +322,8 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             return (self.net if torch.is_grad_enabled() else self.model)(*question.inputs).float()
 
-    def _score(self, question, task):
-        return task.score(self.logits(question), question)
+    def _score(self, question):
+        return self.task.score(self.logits(question), question)
 
     def check(self, loader: DataLoader) -> None:
         """Raises RunError if a step was not finite: to be asked before the state is saved."""
@@ -356,7 +358,7 @@ class Trainer:
         hooks = [module.register_forward_hook(look(name)) for name, module in parts]
         try:
             self.optimizer.zero_grad(set_to_none=True)
-            self._score(question, self.task)["loss"].backward()
+            self._score(question)["loss"].backward()
         finally:
             for hook in hooks:
                 hook.remove()

@@ -242,11 +242,13 @@ def build_decoder(name: str, features: int, hidden: int = 0, temperature: float 
     hidden       width of the projection's hidden layer; 0: the projection is linear
     temperature  of `cosine` alone, see there
 
-    Raises UsageError where the name is unknown, or another decoder is given a temperature.
+    Raises UsageError where the name is unknown, or a decoder is given what it does not have.
     """
     decoders = {"ridge": RidgeDecoder, "cosine": CosineDecoder, "mlp": MLPDecoder, "dot": DotDecoder}
     if name not in decoders:
         raise UsageError(f"decoder {name!r} is unknown: use one of {', '.join(decoders)}")
+    if hidden and name == "dot":
+        raise UsageError("--hidden is a layer of the projection, and --decoder dot has none")
     if temperature is None:
         return decoders[name](features, hidden)
     if name != "cosine":

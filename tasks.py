@@ -113,7 +113,7 @@ class MixupTransform(WeightTask):
 
     def __init__(
         self,
-        candidates: int | str = 8,
+        candidates: int | str = "batch",
         sources: int = 2,
         dist: Distribution | None = None,
         views: bool = True,
@@ -194,10 +194,11 @@ class MixupTransform(WeightTask):
         return rows, weights
 
     def _boxes(self, areas, rng):
-        """Boxes of these shares of a view, as masks B S S, and the shares that they really have, B."""
+        """Boxes of these shares of a view, as masks B S S, and the shares that they really have, B, less than all."""
         S = self.size
         aspect = (torch.rand(len(areas), generator=rng) * 2 - 1).mul(math.log(2)).exp().sqrt()
-        height, width = (areas.sqrt() * aspect * S).round().clamp(1, S), (areas.sqrt() / aspect * S).round().clamp(1, S)
+        height = (areas.sqrt() * aspect * S).round().clamp(1, S)
+        width = (areas.sqrt() / aspect * S).round().clamp(1, S - 1)
         top = (torch.rand(len(areas), generator=rng) * (S - height + 1)).floor()
         left = (torch.rand(len(areas), generator=rng) * (S - width + 1)).floor()
         line = torch.arange(S)
@@ -320,7 +321,7 @@ class Classify(LabelTask):
 
 def build_task(
     name: str,
-    candidates: int | str = 8,
+    candidates: int | str = "batch",
     sources: int = 2,
     views: bool = True,
     size: int = 32,
@@ -404,4 +405,5 @@ def guess(question: Question) -> torch.Tensor:
 def chance(question: Question) -> torch.Tensor:
     """The share of mixtures whose sources are named right by picking as many candidates at random."""
     n = question.weights.shape[1]
-    return torch.tensor([1 / math.comb(n, k) for k in (question.weights > 0).sum(dim=1).tolist()]).mean()
+    shares = torch.tensor([1 / math.comb(n, k) for k in range(n + 1)], device=question.weights.device)
+    return shares[(question.weights > 0).sum(dim=1)].mean()

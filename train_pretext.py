@@ -34,7 +34,7 @@ from errors import Stopped, UsageError
 from models import build_model
 from pictures import draw_filters, draw_mixtures, draw_neighbours
 from report import FORMATS, WORDS, Log, Silent, charts, compared
-from tasks import Question, divergence
+from tasks import MixupTransform, Question, divergence
 
 SPEED = ("learning_rate", "gradient_norm", "images_per_second", "memory_mb")
 PLUMBING = {
@@ -50,6 +50,7 @@ PLUMBING = {
 }
 PROJECTED = 400  # validation images in TensorBoard's projector, at most
 THUMBNAIL = 32  # px
+ASKED = ("candidates", "sources", "pure", "regions")  # what makes a question another one
 CALIBRATION = 10  # training batches that tell how confident the network may be
 
 
@@ -60,7 +61,7 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     cli.add_task_options(parser)
     cli.add_model_options(parser)
     cli.add_recipe_options(parser)
-    group = cli.add_loop_options(parser, lr=1e-3)
+    group = cli.add_loop_options(parser)
     group.add_argument("--epochs", type=cli.whole(1), default=50, help="passes over the images")
     group.add_argument("--batch-size", type=cli.whole(2), default=64, help="images in a step")
     group.add_argument(
@@ -76,6 +77,7 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     )
     cli.add_resume_options(group)
     args = parser.parse_args()
+    cli.refuse_unused(parser, args.task)
     return args, cli.resume(parser, args, {"epochs", "device", "checkpoint_every", "inspect_every"})
 
 
@@ -205,7 +207,7 @@ def fit(progress: Progress, train_loader, val_loader, log: Log) -> dict:
             draw(exam, shown, trainer.answer(shown)).save(log.folder / "validation.before.png")
         progress.save(log.folder)
     # A run on another question than the fixed one is validated on its own as well, where the images suffice.
-    other = args.task == "mixup" and (task.candidates, task.sources) != (exam.candidates, exam.sources)
+    other = isinstance(task, MixupTransform) and any(vars(task)[name] != vars(exam)[name] for name in ASKED)
     own = own_batches(task, val_loader, args.batch_size) if other else None
     constant = {"floor_loss": 0.0}
     constant |= {f"uninformed_{name}": value for name, value in progress.references["chance"].items()}

@@ -35,7 +35,6 @@ from models import build_encoder
 from pictures import draw_confusion, draw_sheet
 from report import Log
 
-RATES = {"finetune": 1e-3, "linear": transfer.LINEAR_RATE}
 MISTAKES = 24  # on the contact sheet
 COLUMNS = {
     "accuracy": "all {classes} classes",
@@ -55,8 +54,7 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     cli.add_data_dir(group)
     group.add_argument("--encoder", help="of `scratch` (default: that of the first START, else conv)")
     group.add_argument("--size", type=cli.whole(8, 1024), help="side of a view, px (default: that of the first START)")
-    rates = ", ".join(f"{mode} {rate:g}" for mode, rate in RATES.items())
-    group = cli.add_loop_options(parser, lr=None, lr_help=f" (default: {rates})")
+    group = cli.add_loop_options(parser)
     group.add_argument("--mode", choices=transfer.MODES, default="finetune", help="what is trained")
     group.add_argument("--epochs", type=cli.whole(1), default=5, help="passes over the labelled images")
     group.add_argument("--runs", type=cli.whole(1), default=1, help="repetitions, with seeds --seed, --seed + 1, …")
@@ -72,7 +70,6 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     saved = cli.resume(parser, args, {"device"})
     if not args.starts:
         raise UsageError("no START is given: name a pretext run's folder, an encoder.pt, or `scratch`")
-    args.lr = args.lr or RATES.get(args.mode)
     return args, saved
 
 

@@ -30,7 +30,6 @@ from tasks import Classify, LabelQuestion
 
 MODES = ("finetune", "linear", "knn")
 NEIGHBOURS = 20
-LINEAR_RATE = 1e-3  # learning rate of a linear head on standardised features
 
 
 @dataclass
@@ -132,7 +131,7 @@ class Recipe:
     amp: bool  # compute in bf16
     epochs: int
     batch_size: int
-    lr: float | None  # of the head; None for knn
+    lr: float  # of the head
     encoder_rate: float  # finetune: the encoder's learning rate as a share of the head's
     freeze: int  # finetune: epochs in which the head learns first, on the features of the encoder as it is
 
@@ -159,8 +158,7 @@ def classify(
     featured = replace(data, images=replace(data.images, pixels=table.numpy()))  # features take the pixels' place
     if recipe.mode == "linear":
         return _train(model.head, featured, recipe, seed, report, after_step)
-    first = replace(recipe, epochs=recipe.freeze, lr=LINEAR_RATE)
-    _train(model.head, featured, first, seed, lambda epoch, means: None, after_step)
+    _train(model.head, featured, replace(recipe, epochs=recipe.freeze), seed, lambda epoch, means: None, after_step)
     return _train(model, data, recipe, seed, report, after_step)
 
 

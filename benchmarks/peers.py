@@ -107,7 +107,7 @@ def main() -> None:
     group.add_argument("--width", type=cli.whole(1), default=512, help="hidden width of the head")
     group.add_argument("--temperature", type=cli.positive, help="of the loss (default: simclr 0.5, swav 0.1)")
     group.add_argument("--prototypes", type=cli.whole(2), default=512, help="swav: how many")
-    group = cli.add_loop_options(parser, lr=1e-3)
+    group = cli.add_loop_options(parser)
     group.add_argument("--epochs", type=cli.whole(1), default=50, help="passes over the images")
     group.add_argument("--batch-size", type=cli.whole(2), default=64, help="images in a step")
     cli.add_crop(group)

@@ -47,6 +47,8 @@ RECIPES = {  # name: (encodes an image, command; None: from scratch, what it tau
         "train_pretext.py --no-views --candidates 3",
         "the pixels give the answer away: solved perfectly, and worth nothing",
     ),
+    "no-views": (2, "train_pretext.py --no-views", ""),
+    "three": (2, "train_pretext.py --candidates 3", ""),
     "ridge-8": (2, "train_pretext.py --decoder ridge --candidates 8", ""),
     "cosine-batch": (2, f"{BATCH} --no-symmetric", ""),
     "ridge-batch": (
@@ -164,12 +166,6 @@ def experiment(args: argparse.Namespace, name: str, seed: int) -> None:
     if not missing:
         return
     common = ["--data", args.data, "--data-dir", args.runs]
-    # No two pretext seeds share a run of fine-tuning: from scratch these would be the same.
-    seeds = {mode: 2 * seed if mode == "finetune" else seed for mode in modes_of(name)}
-    result["commands"] = [
-        f"python train_transfer.py {'RUN' if recipe else 'scratch'} {MODES[mode]} --seed {seeds[mode]}"
-        for mode in modes_of(name)
-    ]
     start = "scratch"
     if recipe:
         start, words = folder / "pretext", [*recipe.split(), "--epochs", epochs]
@@ -179,18 +175,20 @@ def experiment(args: argparse.Namespace, name: str, seed: int) -> None:
             new = [*words[1:], *common, "--seed", seed, "--out", start, "--overwrite"]
             rest = ["--resume", start] if stopped else new
             call([words[0], *rest], folder / "pretext.log")
-        result["commands"].insert(0, f"python {recipe} --epochs {epochs} --seed {seed}")
+        result["command"] = f"python {recipe} --epochs {epochs} --seed {seed}"
         summary = json.loads((start / "summary.json").read_text())
         # From the median epoch, so that what else the machine did for a while does not count.
         result["seconds"] = epochs * summary["train_images"] / summary["images_per_second"]
     for mode in missing:
         out = folder / mode
-        words = ["train_transfer.py", start, *MODES[mode].split(), *common, "--seed", seeds[mode], "--out", out]
-        words.append("--overwrite")
-        call(words, folder / f"{mode}.log")
+        # The runs of fine-tuning have seeds of their own: from scratch, those of two pretext seeds would be the same.
+        options = [*MODES[mode].split(), "--seed", str(2 * seed if mode == "finetune" else seed)]
+        call(["train_transfer.py", start, *options, *common, "--out", out, "--overwrite"], folder / f"{mode}.log")
         summary = next(iter(json.loads((out / "summary.json").read_text()).values()))
         result["device"] = summary["device"]
-        result["modes"][mode] = {"seconds": summary["seconds"], **read_right(out / "predictions.csv")}
+        command = f"python train_transfer.py {'RUN' if recipe else 'scratch'} {' '.join(options)}"
+        found = read_right(out / "predictions.csv")
+        result["modes"][mode] = {"command": command, "seconds": summary["seconds"], **found}
     RESULTS.mkdir(exist_ok=True)
     part = file.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1) + "\n")
@@ -265,8 +263,8 @@ def difference(ours: list[dict], theirs: list[dict], mode: str, half: str) -> tu
 def load() -> dict[tuple[str, int], list[dict]]:
     """(recipe, epochs): its results in the order of their seeds."""
     found = {}
-    for file in sorted(RESULTS.glob("*.json")):
-        result = json.loads(file.read_text())
+    results = [json.loads(file.read_text()) for file in RESULTS.glob("*.json")]
+    for result in sorted(results, key=lambda result: result["seed"]):
         found.setdefault((result["name"], result["epochs"]), []).append(result)
     return found
 

@@ -1,3 +1,4 @@
+import argparse
 import json
 import shutil
 import sys
@@ -13,7 +14,7 @@ def result(name, seed, right, epochs=100):
     """A result whose every mode got `right`, one string of 0 and 1 for each run, on both halves."""
     found = {half: {way: right for way in search.WAYS} for half in search.HALVES}
     modes = {mode: {"seconds": 1.0, **found} for mode in search.MODES}
-    return {"name": name, "epochs": epochs, "seed": seed, "encodes": 2, "commands": [], "seconds": 9.0, "modes": modes}
+    return {"name": name, "epochs": epochs, "seed": seed, "encodes": 2, "seconds": 9.0, "modes": modes}
 
 
 def test_halves_and_runs_are_told_apart(tmp_path):
@@ -67,3 +68,23 @@ def test_tables_are_rewritten_between_their_marks(tmp_path, monkeypatch):
     assert searched.count("| swav: `") == 2 and compared.count("| swav: `") == 1  # 45 epochs are not of the comparison
     search.main()
     assert (tmp_path / "RESULTS.md").read_text() == text
+
+
+def test_a_row_is_done_once_and_what_it_lacks_later(tmp_path, labelled, monkeypatch):
+    monkeypatch.setattr(search, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(search, "MODES", {"linear": "--mode linear --batch-size 8"})
+    args = argparse.Namespace(data=labelled, epochs=1, runs=tmp_path / "runs")
+    monkeypatch.setitem(search.RECIPES, "rotation", (1, "train_pretext.py --task rotate --size 16 --batch-size 8", ""))
+    search.experiment(args, "rotation", 3)
+    file = tmp_path / "results" / "rotation-1-3.json"
+    first = json.loads(file.read_text())
+    assert first["command"] == "python train_pretext.py --task rotate --size 16 --batch-size 8 --epochs 1 --seed 3"
+    assert first["modes"]["linear"]["command"] == "python train_transfer.py RUN --mode linear --batch-size 8 --seed 3"
+    assert search.figure(first, "linear", "choose", "accuracy") <= 1
+    time = file.stat().st_mtime_ns
+    search.experiment(args, "rotation", 3)
+    assert file.stat().st_mtime_ns == time
+    monkeypatch.setattr(search, "MODES", {"linear": "another", "knn": "--mode knn"})
+    search.experiment(args, "rotation", 3)
+    second = json.loads(file.read_text())
+    assert second["modes"]["linear"] == first["modes"]["linear"] and "knn" in second["modes"]

@@ -7,7 +7,7 @@ from torch.distributions import Beta, Kumaraswamy, Uniform
 from augment import augment, generator, to_pixels
 from engine import VALIDATION_SEED
 from errors import UsageError
-from tasks import TASKS, MixupTransform, build_task, chance, compare, guess, least_squares, unmixing_loss
+from tasks import TASKS, MixupTransform, Question, build_task, chance, compare, guess, least_squares, unmixing_loss
 
 
 def ask(batch, *args, seed=0, **options):
@@ -140,6 +140,12 @@ def test_least_squares_solves_the_task_on_the_same_pixels_and_not_on_another_vie
     assert compare(least_squares(other), other.weights)["weight_mae"] > 0.1
 
 
+def test_chance_is_told_on_the_device_of_the_question(batch):
+    q = Question(*(t.to("meta") for t in ask(batch, 3)))
+    scores = MixupTransform(3).baselines()["chance"](q)
+    assert {value.device.type for value in scores.values()} == {"meta"}
+
+
 def test_the_validation_question_is_fixed(batch):
     q = MixupTransform().validation()(batch, generator(VALIDATION_SEED, 0))
     sources = q.weights[q.weights > 0]
@@ -212,10 +218,10 @@ def test_squared_error(batch):
 
 def test_unknown_tasks():
     with pytest.raises(UsageError, match="task 'jigsaw' is unknown: use one of mixup"):
-        build_task("jigsaw")
+        build_task("jigsaw", 3)
     with pytest.raises(UsageError, match="--candidates 3"):
         build_task("scale", "batch")
-    assert all(build_task(name) for name in TASKS)
+    assert all(build_task(name, 3) for name in TASKS)
 
 
 def test_pure_mixtures_hold_one_image(batch):
@@ -251,6 +257,15 @@ def test_pasted_boxes_have_the_area_of_their_weight(batch):
         if len(rows):
             height, width = (int(x.max() - x.min()) + 1 for x in (rows, columns))
             assert box.sum() > 0.95 * height * width  # it is a box
+
+
+def test_a_pasted_box_leaves_something_of_the_image(batch):
+    """Else an image may be in no mixture, and asking the other way round divides by zero."""
+    task = MixupTransform("batch", dist=Uniform(0.0, 0.001), regions=1.0, size=16)
+    for step in range(5):
+        q = task(batch, generator(step))
+        assert (q.weights.diagonal() > 0).all()
+        assert task.score(torch.zeros(24, 24), q)["loss"].isfinite()
 
 
 def test_contrast_asks_about_every_view_unmixed_as_well(batch):

@@ -119,6 +119,19 @@ def test_the_simpler_tasks_train_through_the_same_loop(pretext, name):
         assert "val_weight_mae" not in summary
     else:
         assert 0 <= summary["val_weight_mae"] <= 1
+    # one image among 64 is another question than one among three
+    assert summary["own_question"] == ("val_own_loss" in summary) == (name == "duplicate")
+
+
+@pytest.mark.parametrize(("task", "option"), [
+    ("rotate", ("--pure", 0.5)), ("quadrant", ("--crop", 0.5)), ("rotate", ("--decoder", "mlp")),
+    ("scale", ("--no-views",)), ("duplicate", ("--sources", 3)),
+])  # fmt: skip
+def test_an_option_that_the_task_has_no_use_for(script, task, option):
+    end = script("train_pretext.py", "--task", task, *option)
+    name = option[0].replace("--no-", "--")
+    assert end.status == 2 and end.err.count("\n") == 1
+    assert f"{name} is given, and --task {task} has no use for it" in end.err
 
 
 @pytest.mark.parametrize("options", [

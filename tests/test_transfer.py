@@ -97,11 +97,11 @@ def test_the_head_learns_first_on_the_encoder_as_it_is(data, monkeypatch, freeze
         return train(model, data, recipe, *rest)
 
     monkeypatch.setattr(transfer, "_train", look)
-    transfer.classify(scratch(), data, recipe("finetune", freeze=freeze), 0, nothing)
+    transfer.classify(scratch(), data, recipe("finetune", freeze=freeze, lr=2e-3), 0, nothing)
     torch.manual_seed(0)
     new = Classifier(build_encoder("conv"), 3).head[1].weight
     *first, (whole, epochs, lr), weight = seen
-    assert first == ([(False, 3, transfer.LINEAR_RATE)] if freeze else []) and (whole, epochs, lr) == (True, 2, 1e-3)
+    assert first == ([(False, 3, 2e-3)] if freeze else []) and (whole, epochs, lr) == (True, 2, 2e-3)
     assert torch.equal(weight, new) == (freeze == 0)
 
 
