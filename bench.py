@@ -36,6 +36,7 @@ from torchvision import transforms
 
 import checkpoint
 import cli
+import options
 import photos
 from augment import MEAN, STD, generator
 from data import Images, get_dataloaders, open_images, workers
@@ -53,17 +54,17 @@ GROWTH = (1_000, 10_000, 100_000)  # images
 
 def parse() -> argparse.Namespace:
     """The command line -> settings."""
-    parser = cli.Parser(*__doc__.split("\n\n", 1))
+    parser = options.Parser(*__doc__.split("\n\n", 1))
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)} (default: all)")
     parser.add_argument("--data", help="folder of photographs to decode (default: the bundled ones, as 160 px JPEGs)")
     parser.add_argument("--encoder", choices=ENCODERS, default="conv", help="of all of them")
-    parser.add_argument("--size", type=cli.whole(8, 1024), default=32, help="side of a view, px")
-    parser.add_argument("--batch-size", type=cli.whole(2), default=64, help="images in a step")
+    parser.add_argument("--size", type=options.whole(8, 1024), default=32, help="side of a view, px")
+    parser.add_argument("--batch-size", type=options.whole(2), default=64, help="images in a step")
     parser.add_argument("--device", default="auto", help="where to compute")
     parser.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto", help="as in train_pretext.py")
     parser.add_argument("--compile", action="store_true", help="torch.compile the encoder")
-    parser.add_argument("--repeat", type=cli.whole(1), default=5, help="measurements of each figure")
-    parser.add_argument("--seconds", type=cli.whole(1), default=10, help="of one measurement, about")
+    parser.add_argument("--repeat", type=options.whole(1), default=5, help="measurements of each figure")
+    parser.add_argument("--seconds", type=options.whole(1), default=10, help="of one measurement, about")
     parser.add_argument("--out", default="bench.json", help="file for the figures")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # one measurement, in a process of its own
     args = parser.parse_args()
@@ -129,7 +130,7 @@ def build(args: argparse.Namespace, task) -> tuple[Trainer, torch.device]:
     """A trainer on a new network, as train_pretext.py makes it."""
     device = choose_device(args.device)
     torch.manual_seed(0)
-    model = build_model(args.encoder, cli.DECODER, args.size)
+    model = build_model(args.encoder, options.DECODER, args.size)
     trainer = Trainer(model, task, lr=1e-3, steps=10**6, device=device, amp=choose_amp(args.amp, device))
     if args.compile:
         model.encoder.compile()
@@ -159,7 +160,7 @@ def _wait(device):
 
 def limit(args: argparse.Namespace) -> dict:
     """The network alone: two encodes an image, decoder and loss included."""
-    task = build_task("mixup", cli.CANDIDATES, size=args.size)
+    task = build_task("mixup", options.CANDIDATES, size=args.size)
     trainer, device = build(args, task)
     B, S = args.batch_size, args.size
     images = torch.randint(0, 255, (B, 3, S, S), dtype=torch.uint8)
@@ -318,7 +319,7 @@ def growth(args: argparse.Namespace, count: int) -> dict:
         entries = [Entry(f"{i}", "unsup", -1) for i in range(count)]
         listing = Listing("growth", "growth", {}, [], entries, [], None, side, "")
         images = Images(listing, pixels, torch.full((count,), -1))
-        trainer, device = build(args, build_task("mixup", cli.CANDIDATES, size=args.size))
+        trainer, device = build(args, build_task("mixup", options.CANDIDATES, size=args.size))
         loader, _ = get_dataloaders(images, range(count), range(3), args.batch_size, 0, device, "stream")
 
         def step(batch, number):

@@ -18,6 +18,7 @@ from torch import nn
 import checkpoint
 import cli
 import distributed
+import options
 from augment import generator
 from data import get_dataloaders, open_pretext
 from engine import Trainer, choose_amp, choose_device, device_name
@@ -41,16 +42,16 @@ VERSIONS = (  # decoder, activation, loss
 
 def parse() -> argparse.Namespace:
     """The command line -> settings. Raises UsageError where they make no sense."""
-    parser = cli.Parser(*__doc__.split("\n\n", 1))
-    parser.add_argument("--n", type=cli.whole(3, 1024), default=8, help="examples to overfit")
+    parser = options.Parser(*__doc__.split("\n\n", 1))
+    parser.add_argument("--n", type=options.whole(3, 1024), default=8, help="examples to overfit")
     parser.add_argument("--fault", metavar="NAME", help="plant a known bug; `list` prints them (default: none)")
     parser.add_argument("--compare", action="store_true", help="the table of versions in place of the ladder")
-    cli.add_data_options(parser)
-    cli.add_task_options(parser, candidates=3)
-    group = cli.add_model_options(parser)
+    options.add_data_options(parser)
+    options.add_task_options(parser, candidates=3)
+    group = options.add_model_options(parser)
     group.add_argument("--pretrained", action="store_true", help="start from torchvision's weights")
-    cli.add_loop_options(parser)
-    cli.add_run_options(parser)
+    options.add_loop_options(parser)
+    options.add_run_options(parser)
     args = parser.parse_args()
     if args.fault not in (None, "list", *FAULTS):
         raise UsageError(f"--fault {args.fault} is unknown: use `list`, or one of {', '.join(FAULTS)}")
@@ -65,7 +66,7 @@ def assemble(args: argparse.Namespace, log: Log | None = None) -> Subject:
     if args.candidates == "batch":
         args.candidates = args.n  # the examples are the batch
     for name in ("mixup", args.task):  # most of the checks ask about mixtures, whatever the task
-        cli.make_task(argparse.Namespace(**vars(args) | {"task": name}), args.n, "--n")
+        options.make_task(argparse.Namespace(**vars(args) | {"task": name}), args.n, "--n")
 
     def make_task(name, views=None):
         views = args.views if views is None else views

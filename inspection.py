@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-import cli
+import options
 from augment import generator
 from data import Images, open_images, workers
 from errors import UsageError
@@ -31,11 +31,11 @@ MIXED = 64  # images that the mixtures are made of
 
 def main() -> None:
     """Parse, look, print, draw."""
-    parser = cli.Parser(*__doc__.split("\n\n", 1))
+    parser = options.Parser(*__doc__.split("\n\n", 1))
     parser.add_argument("data", metavar="DATA", help="a folder of images, the name of a data set, or `photos`")
-    cli.add_data_dir(parser)
-    parser.add_argument("--size", type=cli.whole(8, 1024), default=32, help="side of a view, px")
-    parser.add_argument("--seed", type=cli.whole(0, 2**32 - 1), default=0, help="of the mixtures that are drawn")
+    options.add_data_dir(parser)
+    parser.add_argument("--size", type=options.whole(8, 1024), default=32, help="side of a view, px")
+    parser.add_argument("--seed", type=options.whole(0, 2**32 - 1), default=0, help="of the mixtures that are drawn")
     parser.add_argument("--out", help="folder for the pictures (default: runs/data-DATA)")
     args = parser.parse_args()
     images = open_images(list_data(args.data, args.data_dir), args.size, args.data_dir)

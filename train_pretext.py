@@ -26,6 +26,7 @@ from tqdm import tqdm
 import checkpoint
 import cli
 import distributed
+import options
 import webpage
 from data import PLACES, FullBatches, Images, check_same, get_dataloaders, open_pretext
 from distributed import RANK, RANKS
@@ -56,28 +57,28 @@ CALIBRATION = 10  # training batches that tell how confident the network may be
 
 def parse() -> tuple[argparse.Namespace, dict | None]:
     """The command line -> settings, and the checkpoint to go on from, if any."""
-    parser = cli.Parser(*__doc__.split("\n\n", 1))
-    cli.add_data_options(parser)
-    cli.add_task_options(parser)
-    cli.add_model_options(parser)
-    cli.add_recipe_options(parser)
-    group = cli.add_loop_options(parser)
-    group.add_argument("--epochs", type=cli.whole(1), default=50, help="passes over the images")
-    group.add_argument("--batch-size", type=cli.whole(2), default=64, help="images in a step")
+    parser = options.Parser(*__doc__.split("\n\n", 1))
+    options.add_data_options(parser)
+    options.add_task_options(parser)
+    options.add_model_options(parser)
+    options.add_recipe_options(parser)
+    group = options.add_loop_options(parser)
+    group.add_argument("--epochs", type=options.whole(1), default=50, help="passes over the images")
+    group.add_argument("--batch-size", type=options.whole(2), default=64, help="images in a step")
     group.add_argument(
         "--images", choices=PLACES, default="auto", help="where they live: all on the device, or streamed"
     )
     group.add_argument("--compile", action="store_true", help="torch.compile the encoder")
-    group = cli.add_run_options(parser)
+    group = options.add_run_options(parser)
     group.add_argument(
-        "--checkpoint-every", type=cli.whole(0), default=0, help="steps between checkpoints; 0: one an epoch"
+        "--checkpoint-every", type=options.whole(0), default=0, help="steps between checkpoints; 0: one an epoch"
     )
     group.add_argument(
-        "--inspect-every", type=cli.whole(0), default=10, help="epochs between histograms and neighbours; 0: never"
+        "--inspect-every", type=options.whole(0), default=10, help="epochs between histograms and neighbours; 0: never"
     )
-    cli.add_resume_options(group)
+    options.add_resume_options(group)
     args = parser.parse_args()
-    cli.refuse_unused(parser, args.task)
+    options.refuse_unused(parser, args.task)
     return args, cli.resume(parser, args, {"epochs", "device", "checkpoint_every", "inspect_every"})
 
 
@@ -86,7 +87,7 @@ def main() -> None:
     args, saved = parse()
     device = distributed.start(choose_device(args.device))
     amp = choose_amp(args.amp, device)
-    task = cli.make_task(args, args.batch_size, "--batch-size")
+    task = options.make_task(args, args.batch_size, "--batch-size")
     torch.manual_seed(args.seed)
     network = {name: vars(args)[name] for name in ("hidden", "temperature", "momentum")}
     model = build_model(args.encoder, args.decoder, args.size, task.classes, **network)

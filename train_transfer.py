@@ -26,6 +26,7 @@ import torch
 import checkpoint
 import cli
 import distributed
+import options
 import transfer
 from data import open_images
 from engine import choose_amp, choose_device, device_name
@@ -45,27 +46,32 @@ COLUMNS = {
 
 def parse() -> tuple[argparse.Namespace, dict | None]:
     """The command line -> settings, and the checkpoint to go on from, if any."""
-    parser = cli.Parser(*__doc__.split("\n\n", 1))
+    parser = options.Parser(*__doc__.split("\n\n", 1))
     parser.add_argument(
         "starts", nargs="*", metavar="START", help="a pretext run's folder, an encoder.pt, or `scratch`"
     )
     group = parser.add_argument_group("images")
     group.add_argument("--data", help="as in train_pretext.py (default: what the first START was pretrained on)")
-    cli.add_data_dir(group)
+    options.add_data_dir(group)
     group.add_argument("--encoder", help="of `scratch` (default: that of the first START, else conv)")
-    group.add_argument("--size", type=cli.whole(8, 1024), help="side of a view, px (default: that of the first START)")
-    group = cli.add_loop_options(parser)
+    group.add_argument(
+        "--size", type=options.whole(8, 1024), help="side of a view, px (default: that of the first START)"
+    )
+    group = options.add_loop_options(parser)
     group.add_argument("--mode", choices=transfer.MODES, default="finetune", help="what is trained")
-    group.add_argument("--epochs", type=cli.whole(1), default=5, help="passes over the labelled images")
-    group.add_argument("--runs", type=cli.whole(1), default=1, help="repetitions, with seeds --seed, --seed + 1, …")
-    group.add_argument("--batch-size", type=cli.whole(2), default=64, help="images in a step")
+    group.add_argument("--epochs", type=options.whole(1), default=5, help="passes over the labelled images")
+    group.add_argument("--runs", type=options.whole(1), default=1, help="repetitions, with seeds --seed, --seed + 1, …")
+    group.add_argument("--batch-size", type=options.whole(2), default=64, help="images in a step")
     group.add_argument(
-        "--encoder-rate", type=cli.share, default=0.5, help="finetune: learning rate of the encoder, as a share of --lr"
+        "--encoder-rate",
+        type=options.share,
+        default=0.5,
+        help="finetune: learning rate of the encoder, as a share of --lr",
     )
     group.add_argument(
-        "--freeze", type=cli.whole(0), default=5, help="finetune: epochs for the head alone before the others"
+        "--freeze", type=options.whole(0), default=5, help="finetune: epochs for the head alone before the others"
     )
-    cli.add_resume_options(cli.add_run_options(parser))
+    options.add_resume_options(options.add_run_options(parser))
     args = parser.parse_args()
     saved = cli.resume(parser, args, {"device"})
     if not args.starts:

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 import cli
 import distributed
+import options
 from augment import CROP, augment
 from data import check_same, get_dataloaders, open_pretext
 from engine import Trainer, choose_amp, choose_device, device_name
@@ -99,19 +100,19 @@ class SwAV(nn.Module):
 
 def main() -> None:
     """Assemble, train, save."""
-    parser = cli.Parser(*__doc__.split("\n\n", 1))
+    parser = options.Parser(*__doc__.split("\n\n", 1))
     parser.add_argument("method", nargs="?", help=" or ".join(METHODS))
-    cli.add_data_options(parser)
+    options.add_data_options(parser)
     group = parser.add_argument_group("network")
     group.add_argument("--encoder", choices=ENCODERS, default="conv", help="what is kept")
-    group.add_argument("--width", type=cli.whole(1), default=512, help="hidden width of the head")
-    group.add_argument("--temperature", type=cli.positive, help="of the loss (default: simclr 0.5, swav 0.1)")
-    group.add_argument("--prototypes", type=cli.whole(2), default=512, help="swav: how many")
-    group = cli.add_loop_options(parser)
-    group.add_argument("--epochs", type=cli.whole(1), default=50, help="passes over the images")
-    group.add_argument("--batch-size", type=cli.whole(2), default=64, help="images in a step")
-    cli.add_crop(group)
-    cli.add_resume_options(cli.add_run_options(parser))
+    group.add_argument("--width", type=options.whole(1), default=512, help="hidden width of the head")
+    group.add_argument("--temperature", type=options.positive, help="of the loss (default: simclr 0.5, swav 0.1)")
+    group.add_argument("--prototypes", type=options.whole(2), default=512, help="swav: how many")
+    group = options.add_loop_options(parser)
+    group.add_argument("--epochs", type=options.whole(1), default=50, help="passes over the images")
+    group.add_argument("--batch-size", type=options.whole(2), default=64, help="images in a step")
+    options.add_crop(group)
+    options.add_resume_options(options.add_run_options(parser))
     args = parser.parse_args()
     if NTXentLoss is None:
         raise UsageError("the package lightly is missing: pip install -r benchmarks/requirements.txt")
