@@ -75,7 +75,7 @@ RECIPES = {  # name: (encodes an image, command; None: from scratch, what it tau
     "contrast": (
         3,
         f"{BATCH} --symmetric --contrast",
-        "every view unmixed as well: the best linear and fine-tuned figures of 30 epochs, at three encodes",
+        "every view unmixed as well, at three encodes: the best linear and fine-tuned figures of 30 epochs",
     ),
     "regions": (2, f"{BATCH} --symmetric --regions 0.5", ""),
     "ridge-pure-50": (
@@ -108,7 +108,8 @@ RECIPES = {  # name: (encodes an image, command; None: from scratch, what it tau
         f"{BATCH} --symmetric --contrast --momentum 0.99",
         "the same under the cosine: no better",
     ),
-    "t-0.2": (2, f"{BATCH} --symmetric --temperature 0.2", ""),
+    "t-0.5": (2, f"{BATCH} --symmetric --temperature 0.5", "a fixed temperature, not the learned one: no better"),
+    "t-0.2": (2, f"{BATCH} --symmetric --temperature 0.2", "the same: no better"),
     "t-0.1": (2, f"{BATCH} --symmetric --temperature 0.1", ""),
     "beta-0.4": (2, f"{BATCH} --symmetric --beta 0.4", ""),
     "sources-3": (2, f"{BATCH} --symmetric --sources 3", ""),
