@@ -111,7 +111,7 @@ def test_same_seed_same_figures_and_every_seed_the_same_validation_question(pret
 
 @pytest.mark.parametrize("name", ["scale", "duplicate", "quadrant", "rotate"])
 def test_the_simpler_tasks_train_through_the_same_loop(pretext, name):
-    end, folder = pretext("--task", name, "--epochs", 1)
+    end, folder = pretext("--task", name, "--epochs", 1, "--batch-size", 128)
     assert end.status == 0, end.err
     summary = read(folder)
     if name in ("quadrant", "rotate"):
