@@ -5,7 +5,6 @@ encoded; so every rank sees the same answer, the same loss and the same figures,
 ranks of B do. Without torchrun there is one rank, and nothing here does anything.
 """
 
-import atexit
 import contextlib
 import datetime
 import os
@@ -32,7 +31,6 @@ def start(device: torch.device) -> torch.device:
     global _talk
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     _talk = dist.new_group(backend="gloo", timeout=PATIENCE)
-    atexit.register(dist.destroy_process_group)  # else its threads may abort a process that ends well
     return device
 
 
