@@ -39,6 +39,7 @@ MODES = {  # title: options of train_transfer.py
 WAYS = ("accuracy", "accuracy_val_classes", "accuracy_uncorrected")
 
 BATCH = "train_pretext.py --decoder cosine --candidates batch"
+RIDGE = "train_pretext.py --decoder ridge --candidates batch --symmetric"
 RECIPES = {  # name: (encodes an image, command; None: from scratch, what it taught)
     "scratch": (0, None, "what an untrained encoder is worth"),
     "rotation": (1, "train_pretext.py --task rotate", "hardly more than no pretext at all"),
@@ -53,7 +54,7 @@ RECIPES = {  # name: (encodes an image, command; None: from scratch, what it tau
     "cosine-batch": (2, f"{BATCH} --no-symmetric", ""),
     "ridge-batch": (
         2,
-        "train_pretext.py --decoder ridge --candidates batch --symmetric",
+        RIDGE,
         "the default; 45 epochs cost as many encodes as 30 of contrast",
     ),
     "symmetric": (
@@ -80,17 +81,19 @@ RECIPES = {  # name: (encodes an image, command; None: from scratch, what it tau
     "regions": (2, f"{BATCH} --symmetric --regions 0.5", ""),
     "ridge-pure-50": (
         2,
-        "train_pretext.py --decoder ridge --candidates batch --symmetric --pure 0.5",
+        f"{RIDGE} --pure 0.5",
         "half of the mixtures pure: no different within the noise",
     ),
+    "ridge-hidden": (2, f"{RIDGE} --hidden 512", ""),
+    "ridge-hidden-pure-50": (2, f"{RIDGE} --hidden 512 --pure 0.5", ""),
     "ridge-contrast": (
         3,
-        "train_pretext.py --decoder ridge --candidates batch --symmetric --contrast",
+        f"{RIDGE} --contrast",
         "under the ridge, every view unmixed as well may help the linear probe, at three encodes",
     ),
     "ridge-pure-50-crop-15": (
         2,
-        "train_pretext.py --decoder ridge --candidates batch --symmetric --pure 0.5 --crop 0.15",
+        f"{RIDGE} --pure 0.5 --crop 0.15",
         "crops down to 15 % in place of 30 %: no different",
     ),
     "simclr-crop-15": (
@@ -100,7 +103,7 @@ RECIPES = {  # name: (encodes an image, command; None: from scratch, what it tau
     ),
     "momentum": (
         3,
-        "train_pretext.py --decoder ridge --candidates batch --symmetric --contrast --momentum 0.99",
+        f"{RIDGE} --contrast --momentum 0.99",
         "candidates encoded by a moving average, without gradient: no better",
     ),
     "cosine-momentum": (
