@@ -20,6 +20,7 @@ import torch
 import torchvision
 
 import checkpoint
+import distributed
 from distributed import RANK
 from errors import RunError, Stopped, UsageError
 from options import Parser
@@ -187,7 +188,9 @@ def run(main: Callable[[], int | None]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may be no text in the terminal's encoding
     try:
-        sys.exit(main() or 0)
+        status = main() or 0
+        distributed.leave(status)
+        sys.exit(status)
     except (UsageError, RunError) as error:
         print(f"{script}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)

@@ -8,6 +8,7 @@ ranks of B do. Without torchrun there is one rank, and nothing here does anythin
 import contextlib
 import datetime
 import os
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -32,6 +33,18 @@ def start(device: torch.device) -> torch.device:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     _talk = dist.new_group(backend="gloo", timeout=PATIENCE)
     return device
+
+
+def leave(status: int) -> None:
+    """At the end of a run: end this process, where there are others, without taking its interpreter apart.
+
+    A thread of gloo that lets go of its last tensor while that happens aborts the process (pytorch, issue 190489), and
+    `destroy_process_group` does not end these threads: DistributedDataParallel keeps the group even when it is gone.
+    """
+    if RANKS > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def alone() -> None:

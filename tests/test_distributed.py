@@ -15,6 +15,7 @@ WORKER = """
 import json, sys
 import torch
 from torch import nn
+import cli
 import distributed
 from augment import generator
 from engine import Trainer
@@ -29,19 +30,22 @@ class Encoder(nn.Module):  # without batch normalisation
     def forward(self, x):
         return self.net(x).mean(dim=(2, 3))
 
-distributed.start(torch.device("cpu"))
-out, options = sys.argv[1], json.loads(sys.argv[2])
-decoder = options.pop("decoder", "ridge")
-torch.manual_seed(0)
-task = build_task(size=16, **options)
-model = Classifier(Encoder(), 4) if task.classes else Unmixer(Encoder(), build_decoder(decoder, 24))
-trainer = Trainer(model, task, lr=1e-3, steps=10, seed=0)
-images = torch.randint(0, 255, (16, 3, 24, 24), dtype=torch.uint8, generator=generator(1))
-model.train()
-scores = trainer.step(task(images, generator(0, 0, 0)), 0)
-if distributed.RANK == 0:
-    state = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    torch.save({"loss": scores["loss"].detach(), "gradients": state}, out)
+def main():
+    distributed.start(torch.device("cpu"))
+    out, options = sys.argv[1], json.loads(sys.argv[2])
+    decoder = options.pop("decoder", "ridge")
+    torch.manual_seed(0)
+    task = build_task(size=16, **options)
+    model = Classifier(Encoder(), 4) if task.classes else Unmixer(Encoder(), build_decoder(decoder, 24))
+    trainer = Trainer(model, task, lr=1e-3, steps=10, seed=0)
+    images = torch.randint(0, 255, (16, 3, 24, 24), dtype=torch.uint8, generator=generator(1))
+    model.train()
+    scores = trainer.step(task(images, generator(0, 0, 0)), 0)
+    if distributed.RANK == 0:
+        state = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        torch.save({"loss": scores["loss"].detach(), "gradients": state}, out)
+
+cli.run(main)
 """
 
 
@@ -84,6 +88,13 @@ def test_two_ranks_compute_the_loss_and_the_gradients_of_one(tmp_path, options):
     assert one["gradients"].keys() == two["gradients"].keys()
     for name, gradient in one["gradients"].items():
         assert torch.allclose(gradient, two["gradients"][name], atol=1e-5), name
+
+
+def test_a_rank_ends_without_taking_its_interpreter_apart():
+    worker = "import atexit, cli, os; atexit.register(os.abort); cli.run(lambda: print('done'))"
+    processes = launch(2, "-c", worker, stdout=subprocess.PIPE, text=True)
+    assert [process.communicate(timeout=120)[0] for process in processes] == ["done\n", ""]
+    assert [process.returncode for process in processes] == [0, 0]
 
 
 def torchrun(*args, ranks=2, **options):
