@@ -38,8 +38,8 @@ def start(device: torch.device) -> torch.device:
 def leave(status: int) -> None:
     """At the end of a run: end this process, where there are others, without taking its interpreter apart.
 
-    A thread of gloo that lets go of its last tensor while that happens aborts the process (pytorch, issue 190489), and
-    `destroy_process_group` does not end these threads: DistributedDataParallel keeps the group even when it is gone.
+    A thread of gloo that lets go of its last tensor while that happens may abort the process (pytorch, issue 190489),
+    and `destroy_process_group` does not end these threads: DistributedDataParallel keeps the group when it is gone.
     """
     if RANKS > 1:
         sys.stdout.flush()

@@ -52,11 +52,7 @@ RECIPES = {  # name: (encodes an image, command; None: from scratch, what it tau
     "three": (2, "train_pretext.py --candidates 3", ""),
     "ridge-8": (2, "train_pretext.py --decoder ridge --candidates 8", ""),
     "cosine-batch": (2, f"{BATCH} --no-symmetric", ""),
-    "ridge-batch": (
-        2,
-        RIDGE,
-        "the default; 45 epochs cost as many encodes as 30 of contrast",
-    ),
+    "ridge-batch": (2, RIDGE, "the default; 45 epochs cost as many encodes as 30 of contrast"),
     "symmetric": (
         2,
         f"{BATCH} --symmetric",
@@ -79,11 +75,7 @@ RECIPES = {  # name: (encodes an image, command; None: from scratch, what it tau
         "every view unmixed as well, at three encodes: the best linear and fine-tuned figures of 30 epochs",
     ),
     "regions": (2, f"{BATCH} --symmetric --regions 0.5", ""),
-    "ridge-pure-50": (
-        2,
-        f"{RIDGE} --pure 0.5",
-        "half of the mixtures pure: no different within the noise",
-    ),
+    "ridge-pure-50": (2, f"{RIDGE} --pure 0.5", "half of the mixtures pure: no different within the noise"),
     "ridge-hidden": (2, f"{RIDGE} --hidden 512", "an MLP as projection: no better after 100 epochs either"),
     "ridge-hidden-pure-50": (2, f"{RIDGE} --hidden 512 --pure 0.5", "half of the mixtures pure with it: no better"),
     "ridge-contrast": (
