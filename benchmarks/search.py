@@ -108,7 +108,11 @@ RECIPES = {  # name: (encodes an image, command; None: from scratch, what it tau
     "t-0.1": (2, f"{BATCH} --symmetric --temperature 0.1", ""),
     "beta-0.4": (2, f"{RIDGE} --beta 0.4", "weights nearer to 0 and 1: no different within the noise"),
     "sources-3": (2, f"{RIDGE} --sources 3", "three images in a mixture: no different within the noise"),
-    "batch-128": (2, f"{RIDGE} --batch-size 128", ""),
+    "batch-128": (
+        2,
+        f"{RIDGE} --batch-size 128",
+        "twice the batch, in half as many steps: no different within the noise",
+    ),
     "simclr-t0.2": (2, "benchmarks/peers.py simclr --temperature 0.2", ""),
     "swav-64": (
         2,
