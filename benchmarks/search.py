@@ -111,7 +111,7 @@ RECIPES = {  # name: (encodes an image, command; None: from scratch, what it tau
     "batch-128": (
         2,
         f"{RIDGE} --batch-size 128",
-        "twice the batch, in half as many steps: no different within the noise",
+        "twice the batch, in half as many steps, at the same learning rate: no different within the noise",
     ),
     "simclr-t0.2": (2, "benchmarks/peers.py simclr --temperature 0.2", ""),
     "swav-64": (
