@@ -201,6 +201,9 @@ def run(main: Callable[[], int | None]) -> None:
         name = f"{error.filename}: " if error.filename else ""
         print(f"{script}: {name}{error.strerror or error}; the files written before are complete", file=sys.stderr)
         sys.exit(1)
+    except (torch.OutOfMemoryError, MemoryError):
+        print(f"{script}: the memory is full; lower --batch-size or --size", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print(f"{script}: stopped", file=sys.stderr)
         sys.exit(130)

@@ -86,7 +86,7 @@ def _list_folder(root: Path) -> Listing:
     """With `train/CLASS/`, `val/CLASS/` and optionally `unsup/`, these are the splits, and the class indices are those
     of `train/` by name, in every split. Any other folder is unlabelled images, at any depth: all "unsup"."""
     if not root.exists():
-        raise UsageError(f"--data {root}: no such folder; give a folder of images, or leave --data out for `photos`")
+        raise UsageError(f"--data {root}: no such folder; give a folder of images, or `photos`")
     if not root.is_dir():
         raise UsageError(f"--data {root} is a file; give the folder that holds the images")
     classes, val_classes = _folders(root / "train"), _folders(root / "val")

@@ -231,9 +231,19 @@ class Classifier(nn.Module):
         return self.head(*encode(self.encoder, views))  # B classes
 
 
-def build_encoder(name: str, pretrained: bool = False) -> nn.Module:
-    """The encoder of that name, one of ENCODERS; `encoder.out_features` is D."""
-    return ConvEncoder() if name == "conv" else TorchvisionEncoder(name, pretrained)
+def build_encoder(name: str, pretrained: bool = False, size: int | None = None) -> nn.Module:
+    """The encoder of that name, one of ENCODERS; `encoder.out_features` is D.
+
+    Raises UsageError where the name is unknown, or where views of `size` px, if it is given, are too small for it.
+    """
+    encoder = ConvEncoder() if name == "conv" else TorchvisionEncoder(name, pretrained)
+    if size is not None:
+        try:
+            with torch.no_grad():
+                encoder.eval()(torch.zeros(1, 3, size, size))
+        except RuntimeError as error:
+            raise UsageError(f"--size {size} is too small for the encoder {name}; use 32 or more") from error
+    return encoder.train()
 
 
 def build_decoder(name: str, features: int, hidden: int = 0, temperature: float | None = None) -> nn.Module:
@@ -271,13 +281,7 @@ def build_model(
 
     Raises UsageError where the views are too small for the encoder.
     """
-    net = build_encoder(encoder, pretrained)
-    try:
-        with torch.no_grad():
-            net.eval()(torch.zeros(1, 3, size, size))
-    except RuntimeError as error:
-        raise UsageError(f"--size {size} is too small for the encoder {encoder}; use 32 or more") from error
-    net.train()
+    net = build_encoder(encoder, pretrained, size)
     if classes:
         return Classifier(net, classes)
     return Unmixer(net, build_decoder(decoder, net.out_features, **comparison), momentum)

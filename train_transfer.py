@@ -74,6 +74,8 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     options.add_resume_options(options.add_run_options(parser))
     args = parser.parse_args()
     saved = cli.resume(parser, args, {"device"})
+    for name in sorted(parser.given() & {"encoder_rate", "freeze"}) if args.mode != "finetune" else []:
+        raise UsageError(f"--{name.replace('_', '-')} is of --mode finetune; --mode {args.mode} has no use for it")
     if not args.starts:
         raise UsageError("no START is given: name a pretext run's folder, an encoder.pt, or `scratch`")
     return args, saved
@@ -140,20 +142,28 @@ def open_starts(args: argparse.Namespace) -> list[transfer.Start]:
     pretrained = {word: transfer.open_start(word) for word in args.starts if word != "scratch"}
     first = next(iter(pretrained.values()), transfer.Start("scratch", "conv", 32, "photos", None))
     args.data, args.encoder, args.size = args.data or first.data, args.encoder or first.encoder, args.size or first.size
-    build_encoder(args.encoder)  # an unknown name is said before anything is decoded
     scratch = transfer.Start("scratch", args.encoder, args.size, args.data, None)
-    return [pretrained.get(word, scratch) for word in dict.fromkeys(args.starts)]
+    starts = [pretrained.get(word, scratch) for word in dict.fromkeys(args.starts)]
+    for encoder in {args.encoder, *(start.encoder for start in starts)}:
+        build_encoder(encoder, size=args.size)  # what does not fit is said before anything is decoded
+    return starts
 
 
 def open_labelled(args: argparse.Namespace) -> transfer.Labelled:
-    """The labelled images. Raises UsageError where there are none."""
+    """The labelled images. Raises UsageError where there are none, too few, or none of a class."""
     listing = list_data(args.data, args.data_dir)
     if not listing.classes:
         raise UsageError(
             f"--data {args.data} has no labels; transfer needs train/CLASS/ and val/CLASS/ in it, or `--data photos`"
         )
     images = open_images(listing, args.size, args.data_dir)
-    return transfer.Labelled(images, images.rows("train"), images.rows("val"))
+    data = transfer.Labelled(images, images.rows("train"), images.rows("val"))
+    for name, count in zip(listing.classes, data.counts.tolist(), strict=True):
+        if not count:
+            raise UsageError(f"--data {args.data}: no usable image in train/{name}/; add some, or remove the class")
+    if len(data.train) < 2:
+        raise UsageError(f"--data {args.data}: one image in train/ is too few; give two or more")
+    return data
 
 
 def run(start: transfer.Start, data: transfer.Labelled, recipe: transfer.Recipe, seed: int, after_step) -> dict:
@@ -208,7 +218,7 @@ def summarise(args: argparse.Namespace, runs: list[dict], device: torch.device) 
 def write_predictions(stream: BinaryIO, runs: list[dict], data: transfer.Labelled) -> None:
     """What every validation image was taken for, a line for each run and image."""
     classes, labels = data.images.listing.classes, data.images.labels[data.val]
-    text = io.TextIOWrapper(stream, encoding="utf-8", newline="", write_through=True)
+    text = io.TextIOWrapper(stream, "utf-8", errors="backslashreplace", newline="", write_through=True)
     rows = csv.writer(text)
     rows.writerow(["start", "seed", "path", "class", *COLUMNS])
     for run in runs:

@@ -11,6 +11,8 @@ what is reported is corrected for the class prior; the figure without the correc
 
 import hashlib
 import json
+import operator
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,7 +48,7 @@ class Start:
         """Another one for other weights."""
         digest = hashlib.sha256(self.encoder.encode())
         for name, value in (self.state or {}).items():
-            digest.update(name.encode() + value.numpy().tobytes())
+            digest.update(name.encode() + value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def build(self, seed: int) -> nn.Module:
@@ -108,7 +110,7 @@ def open_start(word: str) -> Start:
     settings = file.parent / "settings.json"
     try:
         said = json.loads(settings.read_text())["settings"]
-        start = Start(word, said["encoder"], said["size"], said["data"], None)
+        start = Start(word, said["encoder"], operator.index(said["size"]), os.fspath(said["data"]), None)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{settings} does not say how {file.name} was trained ({type(error).__name__}: {error}); "
@@ -168,14 +170,15 @@ def knn(
     """The classes that most of the 20 nearest training images belong to, by the cosine of their features.
 
     Corrected: a vote counts by the inverse of how frequent its class is in training. Among the classes of the
-    validation images: the neighbours are searched among the training images of these classes.
+    validation images: corrected as well, and the neighbours are searched among the training images of these classes.
 
     train N D with labels N, queries M D, counts C (training images of each class), held H (classes of the queries)
     """
+    frequency = counts.clamp(min=1)
     votes = _votes(train, labels, queries, len(counts))  # M C
-    corrected = votes / counts.clamp(min=1)
+    corrected = votes / frequency
     among = torch.isin(labels, held)
-    within = _votes(train[among], labels[among], queries, len(counts))
+    within = _votes(train[among], labels[among], queries, len(counts)) / frequency
     confidence = (corrected / corrected.sum(dim=1, keepdim=True)).amax(dim=1)
     return Answer(corrected.argmax(dim=1), votes.argmax(dim=1), within.argmax(dim=1), confidence)
 
@@ -192,7 +195,8 @@ def _votes(train, labels, queries, classes):
 def _settle(encoder, data, recipe, batches=10):
     """Let the statistics of batch normalisation meet some images, without which eval mode means nothing."""
     encoder.to(recipe.device, memory_format=torch.channels_last).train()
-    for batch in range(min(batches, len(data.train))):
+    batches = min(batches, max(1, len(data.train) // 2))  # of two images at least
+    for batch in range(batches):
         rows = data.train[batch::batches][:BLOCK]
         with torch.autocast(recipe.device.type, torch.bfloat16, enabled=recipe.amp):
             encoder(whole(torch.from_numpy(data.images.pixels[rows]).to(recipe.device), recipe.size))

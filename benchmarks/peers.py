@@ -119,6 +119,8 @@ def main() -> None:
     saved = cli.resume(parser, args, {"device"})
     if args.method not in METHODS:
         raise UsageError(f"give a method: {' or '.join(METHODS)}")
+    if args.method != "swav" and "prototypes" in parser.given():
+        raise UsageError(f"--prototypes is of swav; {args.method} has no use for it")
     distributed.alone()
     train(args, saved)
 
@@ -130,7 +132,7 @@ def train(args: argparse.Namespace, saved: dict | None) -> None:
     folder = Path(args.resume) if args.resume else cli.choose_folder(args, args.method)
     images, rows, val = open_pretext(args.data, args.size, args.data_dir, args.batch_size)
     torch.manual_seed(args.seed)
-    encoder = build_encoder(args.encoder)
+    encoder = build_encoder(args.encoder, size=args.size)
     if args.method == "simclr":
         model, loss = SimCLR(encoder, args.width), NTXentLoss(args.temperature or 0.5)
     else:

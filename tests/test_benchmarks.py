@@ -33,12 +33,19 @@ def test_figures_are_means_over_runs_and_images():
 
 def test_paired_differences():
     ours, theirs = result("symmetric", 0, ["1111"]), result("scratch", 0, ["1100"])
-    assert search.difference([ours], [ours], "linear", "report") == (0.0, 0.0)
-    mean, half_width = search.difference([ours], [theirs], "linear", "report")
+    over = ("linear", "report", "accuracy_val_classes")
+    assert search.difference([ours], [ours], *over) == (0.0, 0.0)
+    mean, half_width = search.difference([ours], [theirs], *over)
     # Student's t for four images, whose differences 0, 0, 1, 1 have a variance of 1/3
     assert mean == 0.5 and half_width == pytest.approx(3.1824 * (1 / 3 / 4) ** 0.5, rel=1e-4)
-    again = result("symmetric", 1, ["0011"])  # seeds that disagree widen the interval
-    assert search.difference([ours, again], [theirs, theirs], "linear", "report")[1] > half_width
+    # Seeds that disagree widen the interval. The variance of the images' mean, which are -.5, -.5, 1 and 1 over the
+    # seeds, is .75 / 4 with 3 degrees of freedom, and that of the seeds', .5 and 0, is .125 / 2 with 1.
+    again = result("symmetric", 1, ["0011"])
+    mean, half_width = search.difference([ours, again], [theirs, theirs], *over)
+    images, seeds = 0.75 / 4, 0.125 / 2
+    freedom = (images + seeds) ** 2 / (images**2 / 3 + seeds**2 / 1)
+    assert mean == 0.25 and freedom == pytest.approx(4)
+    assert half_width == pytest.approx(2.7764 * (images + seeds) ** 0.5, rel=1e-4)
 
 
 def test_tables_are_rewritten_between_their_marks(tmp_path, monkeypatch):

@@ -1,6 +1,9 @@
 import csv
 import json
+import os
 import re
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -88,6 +91,43 @@ def test_a_start_is_a_folder_or_its_encoder(transfer, pretrained):
     assert (settings["data"], settings["size"], settings["encoder"]) == ("photos", 16, "conv")  # as it was pretrained
 
 
+def test_what_is_not_said_is_as_the_start_was_pretrained(transfer, labelled):
+    Path("run").mkdir()
+    torch.save(build_encoder("resnet18").to(torch.bfloat16).state_dict(), "run/encoder.pt")
+    settings = {"settings": {"encoder": "resnet18", "size": 24, "data": str(labelled)}}
+    Path("run/settings.json").write_text(json.dumps(settings))
+    end, folder = transfer("run", "scratch", "--mode", "knn")
+    assert end.status == 0, end.err
+    said = json.loads((folder / "settings.json").read_text())["settings"]
+    assert (said["data"], said["size"], said["encoder"]) == (str(labelled), 24, "resnet18")
+    shutil.rmtree(labelled)
+    end, _ = transfer("run", "--mode", "knn", out="again")
+    assert end.status == 2 and f"--data {labelled}: no such folder; give a folder of images, or `photos`" in end.err
+
+
+def test_names_that_are_no_text(transfer, labelled):
+    for split in ("train", "val"):
+        (labelled / split / "bee").rename(labelled / split / os.fsdecode(b"b\xe9e"))
+    file = next((labelled / "val" / "cow").iterdir())
+    file.rename(file.with_name(os.fsdecode(b"caf\xe9.jpg")))
+    end, folder = transfer("scratch", "--data", labelled, "--mode", "knn", "--size", 16)
+    assert end.status == 0, end.err
+    rows = list(csv.DictReader((folder / "predictions.csv").open(encoding="utf-8")))
+    assert {row["class"] for row in rows} == {r"b\udce9e", "cow"}
+    assert any(row["path"].endswith(r"caf\udce9.jpg") for row in rows)
+
+
+def test_full_memory_is_one_line(transfer, monkeypatch):
+    from engine import Trainer
+
+    def full(self, question, at):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has …")
+
+    monkeypatch.setattr(Trainer, "step", full)
+    end, _ = transfer("scratch", "--mode", "linear", "--size", 16)
+    assert end.status == 1 and end.err == "train_transfer.py: the memory is full; lower --batch-size or --size\n"
+
+
 def test_what_a_pretext_run_leaves_is_a_start(script, cache):
     end = script(
         "train_pretext.py", "--epochs", 1, "--size", 16, "--batch-size", 512, "--data-dir", cache, "--out", "pretext"
@@ -127,21 +167,31 @@ def test_a_torchvision_encoder_loads_without_this_project(script, cache):
             "is of another network: missing: conv1.weight, bn1.weight, bn1.bias and 117 more; unknown: convs.0.0",
         ),
         ("nothing", "no START is given"),
+        ("text", "settings.json does not say how encoder.pt was trained (TypeError"),
         ("unlabelled", "has no labels"),
+        ("classless", "no usable image in train/bee/; add some, or remove the class"),
+        ("too small", "--size 8 is too small for the encoder convnext_tiny"),
+        ("unused", "--freeze is of --mode finetune; --mode knn has no use for it"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing_behind(transfer, pretrained, folder, case, message):
+def test_bad_input_is_one_line_and_leaves_nothing_behind(transfer, pretrained, folder, labelled, case, message):
     starts = Path("starts")
-    for name in ("empty", "alone", "damaged", "other"):
+    for name in ("empty", "alone", "damaged", "other", "text"):
         (starts / name).mkdir(parents=True)
     state, settings = (pretrained / "encoder.pt").read_bytes(), (pretrained / "settings.json").read_text()
-    for name in ("alone", "other"):
+    for name in ("alone", "other", "text"):
         (starts / name / "encoder.pt").write_bytes(state)
     (starts / "damaged" / "encoder.pt").write_bytes(state[:1000])
     (starts / "damaged" / "settings.json").write_text(settings)
     (starts / "other" / "settings.json").write_text(settings.replace("conv", "resnet18"))
+    (starts / "text" / "settings.json").write_text(settings.replace("16", '"16"'))
+    for file in (labelled / "train" / "bee").iterdir():
+        file.write_bytes(b"no image")
     args = {
         "unlabelled": (pretrained, "--data", folder),
+        "classless": ("scratch", "--data", labelled),
+        "too small": ("scratch", "--encoder", "convnext_tiny", "--size", 8),
+        "unused": ("scratch", "--mode", "knn", "--freeze", 3),
         "nothing": (),
     }.get(case, (starts / case,))
     end, out = transfer(*args)
@@ -151,9 +201,6 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(transfer, pretrained, f
 
 
 def test_stopped_and_resumed_is_as_if_never_stopped(transfer, script, pretrained, monkeypatch):
-    import os
-    import signal
-
     from engine import Trainer
 
     options = (pretrained, "scratch", "--mode", "linear", "--runs", 2, "--epochs", 2)
@@ -183,9 +230,6 @@ def test_stopped_and_resumed_is_as_if_never_stopped(transfer, script, pretrained
 
 
 def test_stopped_in_its_first_run(transfer, script, monkeypatch):
-    import os
-    import signal
-
     from engine import Trainer
 
     step = Trainer.step
@@ -202,8 +246,6 @@ def test_stopped_in_its_first_run(transfer, script, monkeypatch):
 
 
 def test_another_start_than_it_was(transfer, script, pretrained, tmp_path):
-    import shutil
-
     shutil.copytree(pretrained, "mine")
     end, _ = transfer("mine", "--mode", "knn")
     assert end.status == 0, end.err

@@ -61,7 +61,10 @@ def test_knn_counts_the_nearest_votes():
         shares = votes / counts
         assert shares[answer.all_classes[i]] == shares.max()
         within = labels[cosine.masked_fill(labels == 0, -2).argsort(descending=True)[:20]].bincount(minlength=3)
-        assert within[answer.val_classes[i]] == within.max() and answer.val_classes[i] != 0
+        shares = within / counts
+        assert shares[answer.val_classes[i]] == shares.max() and answer.val_classes[i] != 0
+    every = transfer.knn(train, labels, queries, counts, labels.unique())  # where val/ holds all classes
+    assert torch.equal(every.val_classes, every.all_classes)
 
 
 def test_the_loss_is_that_of_logits_shifted_by_the_prior():
@@ -120,7 +123,7 @@ def test_linear_encodes_every_image_once(data, monkeypatch):
     assert sum(n for n, training in seen if training) <= len(data.train)  # from scratch, once, for the statistics
 
 
-def test_the_encoder_learns_at_its_own_rate():
+def test_the_encoder_learns_at_its_own_rate(data, monkeypatch):
     from engine import make_optimizer
 
     model = Classifier(build_encoder("conv"), 3)
@@ -128,6 +131,32 @@ def test_the_encoder_learns_at_its_own_rate():
     rates = {id(p): group["rate"] for group in optimizer.param_groups for p in group["params"]}
     assert {rates[id(p)] for p in model.encoder.parameters()} == {0.25}
     assert {rates[id(p)] for p in model.head.parameters()} == {1.0}
+
+    built, build = [], transfer.Start.build
+
+    def keep(start, seed):
+        built.append(build(start, seed))
+        return built[-1]
+
+    monkeypatch.setattr(transfer.Start, "build", keep)
+    start = transfer.Start("mine", "conv", 16, "photos", build_encoder("conv").state_dict())
+    for rate in (0.0, 0.5):
+        transfer.classify(start, data, recipe("finetune", encoder_rate=rate), 0, nothing)
+        same = all(torch.equal(value, start.state[name]) for name, value in built[-1].named_parameters())
+        assert same == (rate == 0)
+
+
+@pytest.mark.parametrize("mode", transfer.MODES)
+def test_two_images_of_a_deep_encoder_are_enough(labelled, tmp_path, mode):
+    """Batch normalisation of 1 x 1 feature maps takes no batch of one."""
+    for name in ("ant", "bee", "cow"):
+        for file in sorted((labelled / "train" / name).iterdir())[1:]:
+            file.unlink()
+    images = open_images(list_data(str(labelled)), 32, tmp_path / "data")
+    few = transfer.Labelled(images, images.rows("train"), images.rows("val"))
+    assert len(few.train) == 3
+    answer = transfer.classify(scratch("resnet18"), few, recipe(mode, size=32), 0, nothing)
+    assert len(answer.all_classes) == len(few.val)
 
 
 @pytest.mark.parametrize("mode", transfer.MODES)
