@@ -16,8 +16,10 @@ Every figure is measured --repeat times, in turn with the others, each time in a
 """
 
 import argparse
+import contextlib
 import csv
 import functools
+import importlib.util
 import json
 import os
 import statistics
@@ -71,7 +73,13 @@ def parse() -> argparse.Namespace:
     unknown = sorted(set(args.kinds) - set(KINDS))
     if unknown:
         raise UsageError(f"{unknown[0]} is not measured here; use {', '.join(KINDS)}")
-    args.kinds = args.kinds or list(KINDS)
+    if "lightly" in args.kinds and not importlib.util.find_spec("lightly"):
+        raise UsageError("lightly is not installed: pip install -r benchmarks/requirements.txt")
+    args.kinds = list(dict.fromkeys(args.kinds or KINDS))
+    if not Path(args.out).parent.is_dir():
+        raise UsageError(f"--out {args.out}: no such folder; make it, or give a file elsewhere")
+    if "growth" in args.kinds and args.batch_size > GROWTH[0]:
+        raise UsageError(f"--batch-size {args.batch_size} is more than the {GROWTH[0]} images that growth begins with")
     return args
 
 
@@ -84,6 +92,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         if args.data is None:
             args.data = write_photos(Path(scratch, "photos"))
+        if {"obvious", "lightly", "decode"} & set(args.kinds):
+            count = len(_files(args.data))
+            if args.batch_size > count:
+                raise UsageError(f"--batch-size {args.batch_size} is more than the {count} images of {args.data}")
+        if not importlib.util.find_spec("lightly"):
+            args.kinds = [kind for kind in args.kinds if kind != "lightly"]
+            print("lightly is not installed (benchmarks/requirements.txt), and left out")
         kinds = [k for kind in args.kinds for k in (MEASURES if kind == "growth" else [kind]) if k.startswith(kind)]
         found = {kind: [] for kind in kinds}
         for turn in range(args.repeat):
@@ -97,13 +112,13 @@ def main() -> None:
         "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
         "found": found,
     }
-    checkpoint.save_json(results, args.out)
     print(table(results))
+    checkpoint.save_json(results, args.out)
     print(f"\nresults      {args.out}")
 
 
-def measure(kind: str, args: argparse.Namespace) -> dict | None:
-    """One measurement in a process of its own; None where a package is missing."""
+def measure(kind: str, args: argparse.Namespace) -> dict:
+    """One measurement in a process of its own."""
     words = ["--measure", kind]
     for name in ("data", "encoder", "size", "batch_size", "device", "amp", "seconds"):
         words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
@@ -178,7 +193,9 @@ def ours(args: argparse.Namespace) -> dict:
             words += [f"--{name.replace('_', '-')}", getattr(args, name)]
         words += ["--compile"] if args.compile else []
         script = Path(__file__).with_name("train_pretext.py")
-        subprocess.run([sys.executable, str(script), *map(str, words)], check=True, capture_output=True)
+        done = subprocess.run([sys.executable, str(script), *map(str, words)], capture_output=True, text=True)
+        if done.returncode:
+            raise RunError((done.stderr.strip().splitlines() or ["train_pretext.py was killed"])[-1])
         with open(Path(scratch, "run", "history.csv"), newline="", encoding="utf-8") as file:
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)][1:]
         images = json.loads(Path(scratch, "run", "summary.json").read_text())["train_images"]
@@ -237,15 +254,13 @@ def obvious(args: argparse.Namespace) -> dict:
     return {"images_per_second": _loaded(loader, step, args, device)}
 
 
-def lightly(args: argparse.Namespace) -> dict | None:
+def lightly(args: argparse.Namespace) -> dict:
     """Images a second of lightly's SimCLR: two encodes each."""
-    try:
-        from lightly.data import LightlyDataset
-        from lightly.transforms import SimCLRTransform
+    from lightly.data import LightlyDataset
+    from lightly.transforms import SimCLRTransform
 
-        from benchmarks.peers import Agree, NTXentLoss, SimCLR, TwoViews
-    except ImportError:
-        return None
+    from benchmarks.peers import Agree, NTXentLoss, SimCLR, TwoViews
+
     device = choose_device(args.device)
     torch.manual_seed(0)
     model = SimCLR(build_encoder(args.encoder), 512)
@@ -275,8 +290,15 @@ def _loaded(loader, step, args, device):
 
 
 def _files(folder):
+    """The images of a folder that open."""
     listing = list_data(folder)
-    return [listing.root / entry.path for entry in listing.entries]
+    if listing.root is None:
+        raise UsageError("--data is a folder here; leave it out for the bundled photographs")
+    found = []
+    for entry in listing.entries:
+        with contextlib.suppress(OSError), Image.open(listing.root / entry.path):
+            found.append(listing.root / entry.path)
+    return found
 
 
 def decode(args: argparse.Namespace) -> dict:
@@ -378,7 +400,7 @@ def table(results: dict) -> str:
 
 
 def _has(runs, name):
-    return bool(runs) and all(run is not None and name in run for run in runs)
+    return bool(runs) and all(name in run for run in runs)
 
 
 def _spread(values):

@@ -39,15 +39,19 @@ def load(file: str | Path) -> object:
 
     Raises UsageError where the file is damaged, by its checksums, or holds anything but tensors and plain values.
     """
+    content = io.BytesIO(Path(file).read_bytes())
     try:
-        with zipfile.ZipFile(file) as parts:
+        with zipfile.ZipFile(content) as parts:
             if damaged := parts.testzip():  # torch's files are zip files, whose parts have checksums
                 raise UsageError(f"{file} is damaged: the checksum of {damaged} in it is wrong")
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, RuntimeError, EOFError, KeyError) as error:
-        raise UsageError(f"{file} is damaged ({' '.join(str(error).split())[:100]})") from error
+        content.seek(0)
+        return torch.load(content, map_location="cpu", weights_only=True)
+    except (UsageError, MemoryError):
+        raise
     except pickle.UnpicklingError as error:
         raise UsageError(f"{file} is refused: it holds more than tensors and plain values, such as code") from error
+    except Exception as error:  # whatever the bytes of a damaged file are taken for
+        raise UsageError(f"{file} is damaged ({' '.join(str(error).split())[:100]})") from error
 
 
 def save_last(state: object, folder: Path) -> None:

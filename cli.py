@@ -1,6 +1,7 @@
 """What the commands share beside their options: the run's folder, going on with a run, and how a command ends."""
 
 import argparse
+import contextlib
 import io
 import os
 import platform
@@ -23,17 +24,22 @@ import checkpoint
 import distributed
 from distributed import RANK
 from errors import RunError, Stopped, UsageError
+from listing import refuse_inside
 from options import Parser
 
 RUN_FILES = (
-    "settings*.json",
+    "settings.json",
+    "settings.resumed-*.json",
     "history.csv",
     "summary.json",
     "report.html",
-    "validation*.png",
-    "[0-9][0-9][0-9][0-9][0-9]",
+    "validation.png",
+    "validation.before.png",
+    "[0-9][0-9][0-9][0-9][0-9]/features-*",
     "projector_config.pbtxt",
-    "checkpoint*",
+    "checkpoint.pt*",
+    "checkpoint.new.pt*",
+    "checkpoint.previous.pt*",
     "encoder.pt",
     "predictions.csv",
     "events.out.tfevents.*",
@@ -72,6 +78,7 @@ def choose_folder(args: argparse.Namespace, script: str) -> Path:
     folder = Path(args.out) if args.out else Path("runs", name)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out {folder} is a file; give a folder")
+    refuse_inside(args.data, "--out", folder)
     old = _run_files(folder)
     if old and not args.overwrite:
         raise UsageError(f"--out {folder} holds a run already ({old[0].name}); give another folder, or --overwrite it")
@@ -96,6 +103,9 @@ def make_folder(folder: Path, args: argparse.Namespace, device: str) -> None:
             _held.append(held)
         for file in _run_files(folder) if not vars(args).get("resume") else []:
             shutil.rmtree(file) if file.is_dir() else file.unlink()
+            if file.parent != folder:
+                with contextlib.suppress(OSError):  # where something else is in it
+                    file.parent.rmdir()
     except BlockingIOError:
         raise UsageError(f"--out {folder}: another run is writing there; wait for it, or give another folder") from None
     except OSError as error:
@@ -110,7 +120,7 @@ def make_folder(folder: Path, args: argparse.Namespace, device: str) -> None:
         "revision": _git_revision(),
         "device": device,
     }
-    before = len(list(folder.glob("settings*.json")))  # the first command's stays as it is
+    before = sum(file.name.startswith("settings.") for file in _run_files(folder))  # the first command's stays as it is
     checkpoint.save_json(settings, folder / (f"settings.resumed-{before}.json" if before else "settings.json"))
 
 
@@ -201,7 +211,10 @@ def run(main: Callable[[], int | None]) -> None:
         name = f"{error.filename}: " if error.filename else ""
         print(f"{script}: {name}{error.strerror or error}; the files written before are complete", file=sys.stderr)
         sys.exit(1)
-    except (torch.OutOfMemoryError, MemoryError):
+    except (MemoryError, RuntimeError) as error:
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not full:
+            raise
         print(f"{script}: the memory is full; lower --batch-size or --size", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

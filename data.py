@@ -36,6 +36,7 @@ from listing import Entry, Listing, list_data, require_every_split
 
 VALIDATION_BLOCK = 256  # images in a validation batch, at most; part of the fixed question, so not an option
 PLACES = ("auto", "device", "stream")
+MACHINE = {errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE}  # not the file's fault: ends the run
 RESIDENT_SHARE = 0.5  # of the device's free memory, for images that live there
 PREFETCH = 2  # batches gathered ahead
 SMALLEST_VALIDATION = 3  # images; a validation mixture has three candidates
@@ -115,7 +116,11 @@ def _build_cache(listing: Listing, side: int, file: Path, block: int = 1024) -> 
     def load(entry):
         try:
             return listing.load(entry.path, side).transpose(2, 0, 1)
+        except MemoryError:
+            raise
         except Exception as error:  # noqa: BLE001  whatever a damaged file raises, it is named and left out
+            if getattr(error, "errno", None) in MACHINE:
+                raise
             return f"{type(error).__name__}: {error}".splitlines()[0]
 
     try:

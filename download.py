@@ -11,6 +11,7 @@ import errno
 import gzip
 import hashlib
 import http.client
+import os
 import shutil
 import tarfile
 import time
@@ -32,6 +33,7 @@ TIMEOUT = 30  # seconds without a byte
 ATTEMPTS = 5  # in a row that bring nothing new
 PAUSE = 1.0  # seconds before another attempt
 CHUNK = 2**18  # bytes
+DAMAGED = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error, ValueError, RecursionError)
 GROWTH = 4  # JPEGs do not compress: an archive that unpacks to more than this many times its size is not what it says
 
 
@@ -77,6 +79,8 @@ def fetch(name: str, data_dir: str | Path) -> Path:
     archive, folder = ARCHIVES[name], Path(data_dir, name)
     if folder.is_dir():
         return folder
+    if os.path.lexists(folder):
+        raise UsageError(f"{folder} is a file or a broken link; remove it, or mount what it leads to")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -95,6 +99,8 @@ def fetch(name: str, data_dir: str | Path) -> Path:
             finally:
                 held.unlink(missing_ok=True)
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UsageError(f"--data-dir {data_dir} cannot be used ({error.strerror}); give another folder") from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise RunError(
@@ -202,11 +208,15 @@ def unpack(name: str, file: Path, folder: Path) -> None:
         if not all((beside / split).is_dir() for split in ("train", "val")):
             raise RunError(f"{file} has no {name}/train and {name}/val, so it is no such data set; remove it")
         beside.rename(folder)
-    except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error) as error:
+    except DAMAGED as error:
         raise RunError(f"{file} is damaged ({error}); remove it and run again") from error
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         path = Path(error.filename).relative_to(beside)
         raise RunError(f"{file} is refused: it holds {str(path)!r} twice; remove it") from error
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise RunError(f"{file} is refused: it holds a name that is too long; remove it") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from augment import MEAN, STD
 from data import ImageDataset
+from errors import UsageError
 from ladder import Subject
 from models import DotDecoder
 
@@ -195,6 +196,8 @@ def labels_shuffled(s: Subject) -> None:
 def val_renumbered(s: Subject) -> None:
     """the classes of val/ numbered from 0, though train/ has more of them"""
     rows = s.images.rows("val")
+    if len({int(s.images.labels[row]) for row in rows}) in (0, len(s.images.listing.classes)):
+        raise UsageError("--fault val_renumbered needs --data whose val/ holds some of train/'s classes, as photos")
     present = sorted({int(s.images.labels[row]) for row in rows})
     s.images.labels = s.images.labels.clone()
     for row in rows:

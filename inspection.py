@@ -20,7 +20,7 @@ import options
 from augment import generator
 from data import Images, open_images, workers
 from errors import UsageError
-from listing import UNLABELLED, list_data
+from listing import UNLABELLED, list_data, refuse_inside
 from pictures import draw_mixtures, draw_sheet
 from tasks import MixupTransform
 
@@ -36,10 +36,11 @@ def main() -> None:
     options.add_data_dir(parser)
     parser.add_argument("--size", type=options.whole(8, 1024), default=32, help="side of a view, px")
     parser.add_argument("--seed", type=options.whole(0, 2**32 - 1), default=0, help="of the mixtures that are drawn")
-    parser.add_argument("--out", help="folder for the pictures (default: runs/data-DATA)")
+    parser.add_argument("--out", type=options.place, help="folder for the pictures (default: runs/data-DATA)")
     args = parser.parse_args()
     images = open_images(list_data(args.data, args.data_dir), args.size, args.data_dir)
     out = Path(args.out or Path("runs", f"data-{images.listing.name}"))
+    refuse_inside(args.data, "--out", out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -50,7 +51,7 @@ def main() -> None:
     print(duplicates(images))
     contact_sheet(images).save(out / "contact.png")
     print(f"\n{out}/contact.png     images of every class and split")
-    if len(images.labels) > 2:
+    if len(images.rows("train", "unsup")) > 2:
         mixtures(images, args.size, args.seed).save(out / "mixtures.png")
         print(f"{out}/mixtures.png    mixtures as the network sees them, and their weights")
 

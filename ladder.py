@@ -232,14 +232,15 @@ def check_single(s: Subject) -> Result:
     model = s.warmed_up(q)
     with torch.no_grad():
         together = model(*q.inputs)
-        alone = [model(q.mixtures[i : i + 1], q.asked, q.candidates[i : i + 1]) for i in range(len(q.mixtures))]
+        some = range(min(8, len(q.mixtures)))
+        alone = [model(q.mixtures[i : i + 1], q.asked, q.candidates[i : i + 1]) for i in some]
     if alone[0].shape != (1, together.shape[1]):
         return Result(
             FAILED,
             f"logits of shape {tuple(alone[0].shape)}, not {(1, together.shape[1])}",
             "A batch of one loses an axis. Likely: squeeze() without an axis. Name the axis: squeeze(2).",
         )
-    off = _difference(together, torch.cat(alone))
+    off = _difference(together[: len(alone)], torch.cat(alone))
     if off < CLOSE:
         return Result(OK, f"off by {off:.0e} of the largest logit (below {CLOSE:.0e})")
     why = "One example alone gets another answer than in a batch. Likely: statistics of the batch in eval mode."
@@ -325,7 +326,7 @@ def _loss_of_a_guess(task: WeightTask, w: torch.Tensor) -> float:
 
 
 def check_gradient(s: Subject) -> Result:
-    """Every parameter gets a finite gradient, and no layer's is all zero."""
+    """Every parameter gets a finite gradient, and no matrix's or kernel's is all zero (a bias's may well be)."""
     task = s.make_task("mixup")
     model = s.make_model(None)
     trainer = s.make_trainer(model, task, 1)
@@ -350,14 +351,14 @@ def check_gradient(s: Subject) -> Result:
         )
     for name, p in named.items():
         bad = "none" if p.grad is None else "not finite" if not p.grad.isfinite().all() else None
-        if bad or not p.grad.any():
+        if bad or (is_matrix(p) and not p.grad.any()):
             return Result(
                 FAILED,
                 f"gradient of {name}: {bad or 'all zero'}",
                 "A layer gets no usable gradient. Likely: it is not used in the forward pass, it is detached from it, "
                 "or what comes before it is saturated or switched off by a ReLU.",
             )
-    smallest = min(p.grad.norm().item() for p in named.values())
+    smallest = min(p.grad.norm().item() for p in named.values() if is_matrix(p))
     return Result(OK, f"{len(named)} gradients, finite, the smallest {smallest:.0e} (above 0)")
 
 

@@ -57,9 +57,19 @@ def list_data(data: str, data_dir: str | Path = "data") -> Listing:
     if data == "photos":
         listing = _list_photos()
     else:
+        refuse_inside(data, "--data-dir", data_dir)
         listing = _list_folder(fetch(data, data_dir) if data in ARCHIVES else Path(data))
     require_every_split(listing)
     return listing
+
+
+def refuse_inside(data: str, flag: str, place: str | Path) -> None:
+    """Raises UsageError where what is written to `place` would be taken for images of the folder `data`."""
+    named = data == "photos" or data in ARCHIVES
+    if not named and Path(place).resolve().is_relative_to(Path(data).resolve()) and Path(data).is_dir():
+        raise UsageError(
+            f"{flag} {place} is inside --data {data}, whose images it would be taken for; give a folder elsewhere"
+        )
 
 
 def require_every_split(listing: Listing) -> None:
@@ -96,6 +106,11 @@ def _list_folder(root: Path) -> Listing:
             raise UsageError(
                 f"--data {root}: no usable image for {name}: expected {name}/CLASS/IMAGE, and there is no class"
             )
+    if (root / "val").is_dir() and not labelled:
+        raise UsageError(
+            f"--data {root}: what is in val/ is never trained on, and without train/CLASS/ and val/CLASS/ all images "
+            "are; make these folders, or give the folder of those to train on"
+        )
     unknown = sorted(set(val_classes) - set(classes))
     if labelled and unknown:
         raise UsageError(
@@ -108,7 +123,7 @@ def _list_folder(root: Path) -> Listing:
             expected["unsup"] = "unsup/IMAGE"
 
     entries, skipped, stamps = [], [], []
-    for path in sorted(_files_below(root)):
+    for path in sorted(_files_below(root, skipped)):
         split, *inner = path.split("/")
         if not (root / path).is_file():
             skipped.append((path, "a broken link, or no regular file"))
@@ -140,10 +155,15 @@ def _folders(root: Path) -> list[str]:
     return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")) if root.is_dir() else []
 
 
-def _files_below(root: Path) -> Iterator[str]:
-    """Relative paths of every file that is not hidden, through links too, each folder once."""
+def _files_below(root: Path, skipped: list[tuple[str, str]]) -> Iterator[str]:
+    """Relative paths of every file that is not hidden, through links too, each folder once. Folders that cannot be
+    read go to `skipped`."""
     seen = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+
+    def note(error):
+        skipped.append((os.path.relpath(error.filename, root), f"a folder that cannot be read: {error.strerror}"))
+
+    for folder, folders, files in os.walk(root, onerror=note, followlinks=True):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         real = os.path.realpath(folder)
         if real in seen:

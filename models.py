@@ -6,6 +6,8 @@ of the views that are asked about (A D) and the candidates (B n, rows of A) to l
 
 import copy
 import math
+import pickle
+from pathlib import Path
 
 import torch
 import torchvision
@@ -86,6 +88,9 @@ def TorchvisionEncoder(name: str, pretrained: bool = False) -> nn.Module:
             f"the pretrained weights of {name} are not in torch's cache and cannot be downloaded ({error}): "
             "leave --pretrained out, or try again with a network"
         ) from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        where = Path(torch.hub.get_dir(), "checkpoints")
+        raise UsageError(f"the pretrained weights of {name} in {where} are damaged; remove the file there") from error
     head = getattr(net, TORCHVISION[name])
     if isinstance(head, nn.Sequential):
         net.out_features = head[-1].in_features

@@ -71,6 +71,13 @@ def _number(what: str, fits: Callable[[float], bool], hint: str) -> Callable[[st
     return parse
 
 
+def place(text: str) -> str:
+    """An option's type: a file, a folder or a name, which an unset variable of the shell is not."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
 rate = _number("a learning rate", lambda value: 0 < value < 1e3, "a number above 0, such as 1e-3")
 positive = _number("above 0", lambda value: 0 < value < 1e3, "a number such as 0.5")
 crop = _number("a share", lambda value: 0.01 <= value <= 1, "a number from 0.01 to 1")
@@ -93,14 +100,18 @@ def add_data_options(parser: Parser) -> None:
     """--data, --data-dir, --size."""
     group = parser.add_argument_group("images")
     names = ", ".join(ARCHIVES)
-    group.add_argument("--data", default="photos", help=f"`photos` (bundled), a folder of images, or {names}: fetched")
+    group.add_argument(
+        "--data", type=place, default="photos", help=f"`photos` (bundled), a folder of images, or {names}: fetched"
+    )
     add_data_dir(group)
     group.add_argument("--size", type=whole(8, 1024), default=32, help="side of a view, px")
 
 
 def add_data_dir(group: argparse._ArgumentGroup) -> None:
     """--data-dir."""
-    group.add_argument("--data-dir", default="data", help="folder for data sets by name, and for decoded images")
+    group.add_argument(
+        "--data-dir", type=place, default="data", help="folder for data sets by name, and for decoded images"
+    )
 
 
 def add_task_options(parser: Parser, candidates: int | None = None) -> None:
@@ -214,7 +225,7 @@ def add_loop_options(parser: Parser) -> argparse._ArgumentGroup:
 def add_run_options(parser: Parser) -> argparse._ArgumentGroup:
     """--out, --overwrite. Returns their group."""
     group = parser.add_argument_group("results")
-    group.add_argument("--out", help="the run's folder (default: runs/SCRIPT-DATA-ENCODER-TIME)")
+    group.add_argument("--out", type=place, help="the run's folder (default: runs/SCRIPT-DATA-ENCODER-TIME)")
     group.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
     return group
 
@@ -223,6 +234,7 @@ def add_resume_options(group: argparse._ArgumentGroup) -> None:
     """--resume."""
     group.add_argument(
         "--resume",
+        type=place,
         metavar="FOLDER",
         help="go on with the run that this folder holds, as it was set (default: a new run)",
     )

@@ -1,5 +1,6 @@
 """What a run leaves to look at: TensorBoard's curves, pictures and tables, history.csv, and how figures are said."""
 
+import contextlib
 import csv
 import io
 import math
@@ -7,10 +8,14 @@ import sys
 from pathlib import Path
 
 import torch
+from google.protobuf import text_format
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+
+from errors import plain
 
 HISTOGRAM = 10_000  # values of a layer in a histogram, about
 PHASES = ("train", "val", "uninformed", "floor")
@@ -39,6 +44,17 @@ class Log:
         self.file = None
         for row in history or []:
             self._row(row)
+        if history is not None:
+            self._keep_projector(len(history))
+
+    def _keep_projector(self, epochs):
+        """What the projector shows of the first `epochs`; the writer would only list what it adds itself."""
+        config = ProjectorConfig()
+        with contextlib.suppress(OSError, text_format.ParseError):
+            text_format.Parse((self.folder / "projector_config.pbtxt").read_text(), config)
+        for shown in [shown for shown in config.embeddings if int(shown.tensor_path.split("/")[0]) > epochs]:
+            config.embeddings.remove(shown)
+        self.writer._projector_config = config
 
     def epoch(self, epoch: int, figures: dict[str, float]) -> None:
         """Write one epoch's figures, epochs counted from 1. Every epoch has the same ones."""
@@ -86,13 +102,14 @@ class Log:
 
     def projector(self, features: torch.Tensor, names: list[str], thumbnails: torch.Tensor, epoch: int) -> None:
         """Features N D with the names N of their classes and thumbnails N 3 h w uint8, as points that can be turned."""
+        names = [plain(name) for name in names]
         self.writer.add_embedding(features, names, thumbnails.float() / 255, epoch, f"features-{epoch}")
 
     def settings(self, settings: dict, final: dict[str, float], epoch: int) -> None:
         """A line of TensorBoard's table of runs: settings and final figures."""
-        plain = {name: v if isinstance(v, bool | int | float | str) else str(v) for name, v in settings.items()}
+        said = {name: v if isinstance(v, bool | int | float) else plain(str(v)) for name, v in settings.items()}
         figures = {f"summary/{name}": value for name, value in final.items()}
-        self.writer.add_hparams(plain, figures, run_name=".", global_step=epoch)
+        self.writer.add_hparams(said, figures, run_name=".", global_step=epoch)
 
     def close(self) -> None:
         """Everything written is on disk afterwards, if the disk takes it; an error that is under way goes first."""

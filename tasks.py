@@ -71,6 +71,10 @@ class WeightTask:
         """logits B n -> predicted weights B n."""
         return logits.softmax(dim=1) if self.activation == "softmax" else logits.sigmoid()
 
+    def _logits(self, weights):
+        """Those that predict these weights."""
+        return weights.log() if self.activation == "softmax" else weights.logit()
+
     def score(self, logits: torch.Tensor, question: Question) -> dict[str, torch.Tensor]:
         """Means over the batch: loss (0 when perfect), source_accuracy and weight_mae, both in [0, 1]."""
         if self.loss == "mse":
@@ -86,7 +90,7 @@ class WeightTask:
     def baselines(self) -> dict[str, Callable[[Question], dict[str, torch.Tensor]]]:
         """The uninformed guess, and least squares on the pixels."""
         return {
-            "chance": lambda q: self.score(torch.zeros_like(q.weights), q) | {"source_accuracy": chance(q)},
+            "chance": lambda q: self.score(self._logits(guess(q)), q) | {"source_accuracy": chance(q)},
             "least squares on pixels": lambda q: compare(least_squares(q), q.weights),
         }
 
@@ -138,6 +142,10 @@ class MixupTransform(WeightTask):
             raise UsageError(f"--{name} needs every image of the batch among the candidates: add --candidates batch")
         if regions and sources != 2:
             raise UsageError(f"--regions pastes one image into another: it takes 2 --sources, not {sources}")
+        if symmetric and (activation, loss) != ("softmax", "kl"):
+            raise UsageError(
+                "--symmetric asks the other way round with softmax and kl alone; leave it out, or use those"
+            )
         self.candidates, self.sources, self.views = candidates, sources, views
         usual = candidates == "batch" and (activation, loss) == ("softmax", "kl")
         self.symmetric = usual if symmetric is None else symmetric
@@ -150,16 +158,16 @@ class MixupTransform(WeightTask):
         n = B if self.candidates == "batch" else self.candidates
         if max(n, self.sources) > B:
             raise UsageError(f"{max(n, self.sources)} candidates need as many images in a batch, and this one has {B}")
-        rows, weights = self._draw(B, n, rng)
-        rows, weights = send(rows, device), send(weights, device)
+        rows, drawn = self._draw(B, n, rng)
+        rows, weights = send(rows, device), send(drawn, device)
 
         seen = augment(images, self.size, rng, self.crop)  # B 3 S S  the view that is mixed
         asked = augment(images, self.size, rng, self.crop) if self.views else seen  # B 3 S S  what is asked about
         k = self.sources
         mixtures = sum(weights[:, j, None, None, None] * seen[rows[:, j]] for j in range(k))
         if self.regions:
-            masks, areas = self._boxes(weights[:, 1].cpu(), rng)
-            pasted = (torch.rand(B, generator=rng) < self.regions) & (weights[:, 1].cpu() > 0)
+            masks, areas = self._boxes(drawn[:, 1], rng)
+            pasted = (torch.rand(B, generator=rng) < self.regions) & (drawn[:, 1] > 0)
             masks, areas, pasted = (send(t, device) for t in (masks, areas, pasted))
             boxed = torch.where(masks[:, None], seen[rows[:, 1]], seen)
             mixtures = torch.where(pasted[:, None, None, None], boxed, mixtures)

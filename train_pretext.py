@@ -124,6 +124,8 @@ def main() -> None:
             log.settings(
                 {name: value for name, value in vars(args).items() if name not in PLUMBING}, final, args.epochs
             )
+        except BrokenPipeError:  # who reads what is printed has gone
+            raise
         except OSError as error:
             raise cli.rescue(progress.state(), folder, error) from error
     if RANK:

@@ -51,7 +51,9 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
         "starts", nargs="*", metavar="START", help="a pretext run's folder, an encoder.pt, or `scratch`"
     )
     group = parser.add_argument_group("images")
-    group.add_argument("--data", help="as in train_pretext.py (default: what the first START was pretrained on)")
+    group.add_argument(
+        "--data", type=options.place, help="as in train_pretext.py (default: what the first START was pretrained on)"
+    )
     options.add_data_dir(group)
     group.add_argument("--encoder", help="of `scratch` (default: that of the first START, else conv)")
     group.add_argument(
@@ -78,6 +80,8 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
         raise UsageError(f"--{name.replace('_', '-')} is of --mode finetune; --mode {args.mode} has no use for it")
     if not args.starts:
         raise UsageError("no START is given: name a pretext run's folder, an encoder.pt, or `scratch`")
+    if args.encoder and not saved and "scratch" not in args.starts:
+        raise UsageError("--encoder is of `scratch`, which is none of the STARTs; leave it out, or add that one")
     return args, saved
 
 

@@ -41,7 +41,7 @@ STYLES = {  # of a curve; told apart by more than colour
 def write_report(file: Path, title: str, parts: list[tuple[str, str]]) -> None:
     """Write the page: parts of (heading, HTML)."""
     body = "\n".join(f"<h2>{html.escape(heading)}</h2>\n{part}" for heading, part in parts)
-    file.write_text(PAGE.format(title=html.escape(title), body=body), encoding="utf-8")
+    file.write_text(PAGE.format(title=html.escape(title), body=body), "utf-8", errors="backslashreplace")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

@@ -30,6 +30,22 @@ def test_code_in_a_file_is_not_run(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
+def test_a_bit_that_flips_is_harmless_or_said(tmp_path):
+    """Whatever zipfile, pickle or torch make of a damaged file."""
+    file = tmp_path / "checkpoint.pt"
+    checkpoint.save({"weight": torch.arange(3.0), "epoch": 4}, file)
+    content, harmless = file.read_bytes(), 0
+    for at in range(len(content)):
+        file.write_bytes(content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :])
+        try:
+            state = checkpoint.load(file)
+        except UsageError:
+            continue
+        assert torch.equal(state["weight"], torch.arange(3.0)) and state["epoch"] == 4
+        harmless += 1
+    assert 0 < harmless < len(content)
+
+
 def test_a_failing_write_keeps_the_old_file_and_leaves_no_debris(tmp_path, monkeypatch):
     checkpoint.save({"epoch": 1}, tmp_path / "checkpoint.pt")
 

@@ -1,8 +1,10 @@
+import errno
 import hashlib
 import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,6 +124,55 @@ def test_what_cannot_be_decoded_is_skipped_named_and_counted(folder, tmp_path):
     text = images.describe()
     assert "skipped 00.png: " in text and text.endswith("3 files skipped")
     assert opened(folder, tmp_path).describe() == text  # from the cache too
+
+
+def test_a_folder_that_cannot_be_read_is_named(labelled, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path="."):
+        if Path(path).name == "ant":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert ("train/ant", "a folder that cannot be read: Permission denied") in list_data(str(labelled)).skipped
+
+
+def test_what_the_machine_refuses_is_not_taken_for_a_damaged_image(folder, tmp_path, monkeypatch):
+    import listing
+
+    decode, refused = listing.decode, []
+
+    def refuse(file, side):
+        if not refused:
+            refused.append(file)
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return decode(file, side)
+
+    monkeypatch.setattr(listing, "decode", refuse)
+    with pytest.raises(PermissionError):
+        open_images(list_data(str(folder)), 16, tmp_path / "data")
+    images = open_images(list_data(str(folder)), 16, tmp_path / "data")
+    assert len(images.labels) == 40 and not images.listing.skipped
+
+
+def test_a_val_beside_images_without_classes_is_not_trained_on(labelled):
+    for split in ("train", "val"):
+        for file in (labelled / split).rglob("*.jpg"):
+            file.rename(labelled / split / file.name)
+        for name in (labelled / split).iterdir():
+            if name.is_dir():
+                name.rmdir()
+    with pytest.raises(UsageError, match="what is in val/ is never trained on"):
+        list_data(str(labelled))
+
+
+def test_what_is_written_is_not_read_as_images(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(UsageError, match="--data-dir data is inside --data ."):
+        list_data(".")
+    monkeypatch.chdir(tmp_path)
+    assert len(list_data("images").entries) == 40
 
 
 def test_links_and_pipes(folder, tmp_path):

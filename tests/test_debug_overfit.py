@@ -99,7 +99,13 @@ def test_the_users_own_choice_of_parts_is_debugged(debug):
 
 
 @pytest.mark.parametrize(
-    "args", [("--candidates", "batch", "--n", 4), ("--task", "rotate"), ("--encoder", "convnext_tiny")]
+    "args",
+    [
+        ("--candidates", "batch", "--n", 4),
+        ("--task", "rotate"),
+        ("--encoder", "convnext_tiny"),
+        ("--decoder", "mlp", "--seed", 2),  # its last bias moves all logits alike, so has no gradient
+    ],
 )
 def test_healthy_choices_pass_the_checks_before_learning(debug, monkeypatch, args):
     import ladder
@@ -115,6 +121,11 @@ def test_a_folder_with_copies_in_val_fails_the_data_check(debug, labelled):
         (labelled / "val" / "bee" / f"copy{i}.jpg").write_bytes(file.read_bytes())
     end = debug("--data", labelled)
     assert end.status == 1 and first_failing(end) == "data" and "are in training too" in end.out
+
+
+def test_a_fault_that_cannot_be_planted_is_said(debug, folder):
+    end = debug("--data", folder, "--fault", "val_renumbered")
+    assert end.status == 2 and "--fault val_renumbered needs --data whose val/ holds some" in end.err
 
 
 def test_the_list_of_faults(script):
@@ -138,6 +149,7 @@ def test_pretrained_weights_that_cannot_be_had(script, monkeypatch, tmp_path):
     (("--task", "quadrant", "--sources", 4), "so use 4 or more"),
     (("--data", "nowhere"), "no such folder"),
     (("--fault", "gremlins"), "--fault gremlins is unknown: use `list`, or one of dot_mse"),
+    (("--compare", "--fault", "lr_too_small"), "--fault is given, and --compare has versions of its own"),
     (("--pretrained",), "--pretrained needs an encoder of torchvision"),
 ])  # fmt: skip
 def test_bad_input(script, args, message):

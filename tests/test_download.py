@@ -179,6 +179,12 @@ def link(name, target, kind=tarfile.SYMTYPE):
     return info
 
 
+def pax(name, **headers):
+    info = tarfile.TarInfo(name)
+    info.pax_headers = headers
+    return info
+
+
 def device(name):
     info = tarfile.TarInfo(name)
     info.type, info.devmajor, info.devminor = tarfile.CHRTYPE, 1, 3
@@ -197,6 +203,10 @@ HOSTILE = {
     "bomb": (make_tar({**FILE, f"{NAME}/train/ant/2.JPEG": bytes(2**23)}), "unpacks to over"),
     "bomb behind the end": (make_tar(FILE) + gzip.compress(bytes(2**23)), "unpacks to over"),
     "twice": (make_tar({**FILE, f"{NAME}/train/ant/1.JPEG/x": b"y"}), "twice"),
+    "name with a zero": (make_tar(FILE, pax(f"{NAME}/train/ant/2.JPEG", path=f"{NAME}/train/\0")), "damaged"),
+    "sparse by hand": (make_tar(FILE, pax(f"{NAME}/train/ant/2.JPEG", **{"GNU.sparse.size": "abc"})), "damaged"),
+    "deep": (make_tar({**FILE, f"{NAME}/train/" + "a/" * 1500 + "2.JPEG": b"x"}), "damaged|too long"),
+    "long name": (make_tar({**FILE, f"{NAME}/train/" + "a" * 300: b"x"}), "a name that is too long"),
     "no archive": (b"<html>not found</html>" * 9, "damaged"),
     "other content": (make_tar({"other/1.JPEG": b"x"}), "no such data set"),
 }
@@ -234,6 +244,14 @@ def test_a_half_unpacked_folder_is_never_taken_for_the_data_set(server, good, tm
     assert not (tmp_path / NAME).exists() and (tmp_path / f"{NAME}.unpacking").exists()
     assert tree(fetch(NAME, tmp_path)) == unpacked(good[1])
     assert not (tmp_path / f"{NAME}.unpacking").exists()
+
+
+@pytest.mark.parametrize("what", ["file", "link"])
+def test_what_stands_where_the_data_set_belongs(server, good, tmp_path, what):
+    server.offer(good[0])
+    (tmp_path / NAME).write_text("x") if what == "file" else (tmp_path / NAME).symlink_to(tmp_path / "gone")
+    with pytest.raises(UsageError, match=f"{NAME} is a file or a broken link; remove it"):
+        fetch(NAME, tmp_path)
 
 
 def test_a_data_dir_that_is_a_file(tmp_path):

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -37,18 +38,34 @@ def test_it_says_what_is_in_a_folder(inspect, labelled, patches):
 
 
 def test_the_mean_colour_and_its_spread(inspect, tmp_path):
+    (tmp_path / "images").mkdir()
     for i, colour in enumerate([(255, 0, 100), (255, 0, 50), (255, 0, 0)]):
-        Image.new("RGB", (40, 40), colour).save(tmp_path / f"{i}.png")
-    end = inspect(tmp_path, "--out", tmp_path / "pictures")
+        Image.new("RGB", (40, 40), colour).save(tmp_path / "images" / f"{i}.png")
+    end = inspect("images", "--out", "pictures")
     line = next(line for line in end.out.splitlines() if line.startswith("unsup"))
     assert line.split()[-6:] == ["255", "0", "50", "0", "0", "41"]
 
 
 def test_two_images_are_too_few_for_mixtures(inspect, tmp_path, patches):
+    (tmp_path / "images").mkdir()
     for i in range(2):
-        patches[i].save(tmp_path / f"{i}.png")
-    end = inspect(tmp_path, "--out", "pictures")
+        patches[i].save(tmp_path / "images" / f"{i}.png")
+    end = inspect("images", "--out", "pictures")
     assert end.status == 0 and not Path("pictures/mixtures.png").exists()
+
+
+def test_two_images_to_train_on_are_too_few_for_mixtures(inspect, labelled):
+    shutil.rmtree(labelled / "unsup")
+    for file in list((labelled / "train").rglob("*.jpg"))[2:]:
+        file.unlink()
+    end = inspect(labelled, "--out", "pictures")
+    assert end.status == 0 and not Path("pictures/mixtures.png").exists(), end.err
+
+
+def test_its_own_pictures_are_no_images(inspect, folder):
+    for flag in ("--out", "--data-dir"):
+        end = inspect(folder, flag, folder / "here")
+        assert end.status == 2 and f"{flag} {folder}/here is inside --data {folder}" in end.err
 
 
 def test_the_bundled_photographs(script, cache):

@@ -126,6 +126,15 @@ def test_pretrained_weights_that_cannot_be_had(monkeypatch, tmp_path):
         build_encoder("resnet18", pretrained=True)
 
 
+def test_pretrained_weights_that_are_damaged(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    name = torchvision.models.ResNet18_Weights.DEFAULT.url.rsplit("/", 1)[1]
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "hub" / "checkpoints" / name).write_text("<html>not found</html>")
+    with pytest.raises(UsageError, match="pretrained weights of resnet18 in .* are damaged; remove the file"):
+        build_encoder("resnet18", pretrained=True)
+
+
 def test_no_weight_of_the_ridge_decoder_is_out_of_reach():
     """A source whose coefficient came out far below zero still pulls it up; its logit was flat there once."""
     torch.manual_seed(0)

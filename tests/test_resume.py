@@ -118,22 +118,36 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(cache, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_moments(cache, whole, tmp_path):
-    rng, kills = random.Random(0), 0
-    run = command("--out", tmp_path / "run", "--checkpoint-every", 1, cache=cache)
-    while kills < 20:
-        process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        started = time.perf_counter()
-        while not (tmp_path / "run" / "checkpoint.pt").exists() and process.poll() is None:
+def test_killed_at_twenty_moments(cache, tmp_path):
+    """While it trains and saves after every step, not while it starts."""
+    rng, epochs = random.Random(0), 60
+    run, last = command("--out", tmp_path / "run", "--epochs", epochs, cache=cache), tmp_path / "run" / "checkpoint.pt"
+    taken = []  # steps, before each kill
+    for _ in range(20):
+        before = last.stat().st_mtime_ns if last.exists() else 0
+        process = subprocess.Popen([*run, "--checkpoint-every", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while not (last.exists() and last.stat().st_mtime_ns > before) and process.poll() is None:
             time.sleep(0.01)
-        time.sleep(rng.uniform(0, 1.2) if kills else 0.3)
-        wait = time.perf_counter() - started
+        time.sleep(rng.uniform(0, 0.5))
         process.kill()
         message = process.communicate()[1].decode()
-        assert process.returncode == -9, (message, wait)
-        kills += 1
-        run = command("--resume", tmp_path / "run", "--epochs", 60, "--checkpoint-every", 1)
-    checkpoint.load_last(tmp_path / "run")
+        assert process.returncode == -9, message
+        taken.append(checkpoint.load_last(tmp_path / "run")["schedule"]["taken"])
+        run = command("--resume", tmp_path / "run")
+    assert taken == sorted(set(taken)) and taken[-1] < 7 * epochs, taken
+    subprocess.run(run, check=True, capture_output=True)
+    subprocess.run(
+        command("--out", tmp_path / "never", "--epochs", epochs, cache=cache), check=True, capture_output=True
+    )
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "never"))
+    no_step_twice(tmp_path / "run", epochs)
+
+
+def test_the_projector_shows_features_of_before_and_after(script, stopped):
+    end = script("train_pretext.py", "--resume", stopped)
+    assert end.status == 0, end.err
+    shown = (stopped / "projector_config.pbtxt").read_text()
+    assert shown.count("features-0/tensors.tsv") == shown.count("features-3/tensors.tsv") == 1
 
 
 def test_more_epochs_go_on_from_a_complete_run(script, cache):

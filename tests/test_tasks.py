@@ -159,9 +159,22 @@ def test_the_validation_question_is_fixed(batch):
 
 def test_the_seen_view_is_the_first_drawn(batch):
     """Two views of an image are independent draws: the asked one isn't the seen one again."""
-    rng = generator(3)
-    first, second = augment(batch, 32, rng), augment(batch, 32, rng)
-    assert (first - second).abs().mean() > 0.1
+    rng = _after_drawing(batch)
+    seen, asked = augment(batch, 32, rng), augment(batch, 32, rng)
+    q = ask(batch, "batch")
+    assert torch.equal(q.asked, asked) and (seen - asked).abs().mean() > 0.1
+    assert torch.allclose(q.mixtures, torch.einsum("bj,jchw->bchw", q.weights, seen), atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("candidates", [2, 3, "batch"])
+def test_the_uninformed_guess_is_the_same_weight_for_every_candidate(batch, activation, candidates):
+    task = MixupTransform(candidates, activation=activation)
+    q = task(batch, generator(0))
+    scores = task.baselines()["chance"](q)
+    assert torch.isclose(scores["weight_mae"], (guess(q) - q.weights).abs().mean(), atol=1e-6)
+    logits = torch.full_like(q.weights, -math.log(q.weights.shape[1] - 1) if activation == "sigmoid" else 0.0)
+    assert torch.isclose(scores["loss"], task.score(logits, q)["loss"], atol=1e-5)
 
 
 def test_duplicate_asks_for_the_one_source(batch):
@@ -290,6 +303,7 @@ def _after_drawing(batch):
     [
         ({"candidates": 8, "symmetric": True}, "--symmetric needs every image"),
         ({"candidates": 8, "contrast": True}, "--contrast needs every image"),
+        ({"candidates": "batch", "symmetric": True, "loss": "mse"}, "--symmetric asks the other way round with"),
         ({"candidates": "batch", "sources": 3, "regions": 0.5}, "--regions pastes one image into another"),
     ],
 )

@@ -1,6 +1,8 @@
 import csv
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import cli
 from models import ConvEncoder
 
 QUICK = ("--epochs", 2, "--size", 16, "--batch-size", 256)
@@ -226,6 +229,9 @@ BAD = {
     "infinite learning rate": (("--lr", "inf"), "'inf' is not a learning rate"),
     "data-dir is a file": (("--data-dir", "file.png"), "--data-dir file.png cannot be used (Not a directory)"),
     "out is a file": (("--out", "file.png"), "is a file; give a folder"),
+    "out among the images": (("--data", ".", "--data-dir", "../d", "--out", "x"), "--out x is inside --data ."),
+    "an unset variable": (("--resume", ""), "argument --resume: it is empty"),
+    "symmetric with another loss": (("--symmetric", "--loss", "mse"), "--symmetric asks the other way round with"),
 }  # fmt: skip
 
 
@@ -240,6 +246,57 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(case, script, tmp_path,
     assert end.status == 2 and message in end.err
     assert end.err.count("\n") == 1 and end.err.startswith("train_pretext.py: ") and not end.out
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_names_that_are_no_text(pretext, labelled):
+    shutil.rmtree(labelled / "unsup")
+    for name in [*(labelled / "train").iterdir(), *(labelled / "val").iterdir()]:
+        name.rename(os.fsdecode(os.fsencode(name) + b"\xe9"))
+    odd = labelled.rename(os.fsdecode(os.fsencode(labelled) + b"\xe9"))
+    end, folder = pretext("--data", odd, "--batch-size", 8, "--epochs", 1)
+    assert end.status == 0, end.err
+    assert r"labelled\udce9" in (folder / "report.html").read_text(encoding="utf-8")
+    names = (folder / "00000" / "features-0" / "metadata.tsv").read_text(encoding="utf-8").split()
+    assert set(names) <= {rf"{name}\udce9" for name in ("ant", "bee", "cow")} and names
+
+
+def test_overwriting_a_run_leaves_what_is_no_run_s(pretext):
+    end, folder = pretext("--epochs", 1)
+    assert end.status == 0, end.err
+    mine = [folder / "checkpoints" / "mine.pt", folder / "12345" / "image.png", folder / "settings-mine.json"]
+    for file in mine:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
+    end, _ = pretext("--epochs", 1, "--overwrite")
+    assert end.status == 0, end.err
+    assert all(file.read_text() == "mine" for file in mine)
+    end, _ = pretext("--epochs", 2, "--overwrite")
+    assert end.status == 0, end.err
+    assert {file.name for file in folder.glob("0000?")} == {"00000", "00002"}  # nothing of the run of one epoch
+
+
+def test_memory_that_is_full(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda: torch.empty(2**50, dtype=torch.uint8))
+    assert end.value.code == 1 and "the memory is full; lower --batch-size or --size" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.run(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
+
+
+def test_several_processes_without_torchrun(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "MASTER_ADDR")} | {"WORLD_SIZE": "2"}
+    words = [sys.executable, ROOT / "train_pretext.py", "--epochs", "1"]
+    end = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert end.returncode == 2 and "start several processes with torchrun" in end.stderr and "Trace" not in end.stderr
+
+
+def test_who_reads_the_output_may_leave(tmp_path, cache):
+    words = [sys.executable, "-u", ROOT / "train_pretext.py", *map(str, QUICK), "--data-dir", cache, "--out", "run"]
+    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        run.stdout.close()
+        said = run.stderr.read()
+    assert run.returncode == 1 and "Broken pipe" in said and "cannot be written to" not in said
+    assert not list(tmp_path.glob("unmix-rescue-*"))
 
 
 def test_divergence_is_a_failed_run(pretext):

@@ -171,6 +171,7 @@ def test_a_torchvision_encoder_loads_without_this_project(script, cache):
         ("unlabelled", "has no labels"),
         ("classless", "no usable image in train/bee/; add some, or remove the class"),
         ("too small", "--size 8 is too small for the encoder convnext_tiny"),
+        ("no scratch", "--encoder is of `scratch`, which is none of the STARTs"),
         ("unused", "--freeze is of --mode finetune; --mode knn has no use for it"),
     ],
 )
@@ -191,6 +192,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(transfer, pretrained, f
         "unlabelled": (pretrained, "--data", folder),
         "classless": ("scratch", "--data", labelled),
         "too small": ("scratch", "--encoder", "convnext_tiny", "--size", 8),
+        "no scratch": (pretrained, "--encoder", "resnet18"),
         "unused": ("scratch", "--mode", "knn", "--freeze", 3),
         "nothing": (),
     }.get(case, (starts / case,))
