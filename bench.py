@@ -78,8 +78,6 @@ def parse() -> argparse.Namespace:
     args.kinds = list(dict.fromkeys(args.kinds or KINDS))
     if not Path(args.out).parent.is_dir():
         raise UsageError(f"--out {args.out}: no such folder; make it, or give a file elsewhere")
-    if "growth" in args.kinds and args.batch_size > GROWTH[0]:
-        raise UsageError(f"--batch-size {args.batch_size} is more than the {GROWTH[0]} images that growth begins with")
     return args
 
 
@@ -89,6 +87,8 @@ def main() -> None:
     if args.measure:
         print(json.dumps(MEASURES[args.measure](args)))
         return
+    if "growth" in args.kinds and args.batch_size > GROWTH[0]:
+        raise UsageError(f"--batch-size {args.batch_size} is more than the {GROWTH[0]} images that growth begins with")
     with tempfile.TemporaryDirectory() as scratch:
         if args.data is None:
             args.data = write_photos(Path(scratch, "photos"))

@@ -26,7 +26,8 @@ def start(device: torch.device) -> torch.device:
     """Join the other ranks, if there are any. Returns the device of this one."""
     if RANKS == 1 or dist.is_initialized():
         return device
-    if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT") + ("LOCAL_RANK",) * (device.type == "cuda")
+    if missing := [name for name in needed if name not in os.environ]:
         raise UsageError(f"WORLD_SIZE is {RANKS}, and {missing[0]} is not set; start several processes with torchrun")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

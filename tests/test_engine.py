@@ -181,8 +181,10 @@ def test_devices():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_no_synchronisation_inside_a_step(loaders):
-    t = trainer(device=torch.device("cuda"), amp=True)
+@pytest.mark.parametrize("decoder, regions", [("cosine", 0.0), ("ridge", 0.0), ("ridge", 0.5)])
+def test_no_synchronisation_inside_a_step(loaders, decoder, regions):
+    task = MixupTransform("batch", size=16, regions=regions)
+    t = Trainer(build_model("conv", decoder, 16), task, lr=1e-3, steps=10, device=torch.device("cuda"), amp=True)
     t.train_epoch(loaders[0], 0, Bar())
     images = next(iter(loaders[0]))[0].pin_memory()
     torch.cuda.set_sync_debug_mode("error")
