@@ -66,12 +66,12 @@ def test_tables_are_rewritten_between_their_marks(tmp_path, monkeypatch):
     search.main()
     text = (tmp_path / "RESULTS.md").read_text()
     searched, compared = text.split("## The comparison")
-    for part in (searched, compared):
+    for part, tables in ((searched, 1), (compared, 3)):  # of differences: the comparison has all three figures
         assert part.count(f"| {search.OURS}: `") == 2 and "75.0 ± 0.0 (75.0, 75.0)" in part
         # What needs no pretext is compared with every number of epochs, and the others with as many.
         assert "| scratch | 30 | 3 | +50.0 ±" in part and "| scratch | 100 | 3 | +50.0 ±" in part
-        assert "| swav | 30 | 1 | +75.0 ±" in part and part.count("| swav | ") == 1
-        assert part.count(", 2 of the seeds |") == 3  # a figure and two differences
+        assert "| swav | 30 | 1 | +75.0 ±" in part and part.count("| swav | ") == tables
+        assert part.count(", 2 of the seeds |") == 1 + 2 * tables  # a figure and two differences a table
     assert searched.count("| swav: `") == 2 and compared.count("| swav: `") == 1  # 45 epochs are not of the comparison
     search.main()
     assert (tmp_path / "RESULTS.md").read_text() == text
