@@ -70,14 +70,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", default="bench.json", help="file for the figures")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # one measurement, in a process of its own
     args = parser.parse_args()
+    if args.measure:
+        return args
     unknown = sorted(set(args.kinds) - set(KINDS))
     if unknown:
         raise UsageError(f"{unknown[0]} is not measured here; use {', '.join(KINDS)}")
-    if "lightly" in args.kinds and not importlib.util.find_spec("lightly"):
+    missing = set() if importlib.util.find_spec("lightly") else {"lightly"}
+    if missing & set(args.kinds):
         raise UsageError("lightly is not installed: pip install -r benchmarks/requirements.txt")
-    args.kinds = list(dict.fromkeys(args.kinds or KINDS))
+    if missing and not args.kinds:
+        print("lightly is not installed (benchmarks/requirements.txt), and left out")
+    args.kinds = list(dict.fromkeys(args.kinds)) or [kind for kind in KINDS if kind not in missing]
     if not Path(args.out).parent.is_dir():
         raise UsageError(f"--out {args.out}: no such folder; make it, or give a file elsewhere")
+    if "growth" in args.kinds and args.batch_size > GROWTH[0]:
+        raise UsageError(f"--batch-size {args.batch_size} is more than the {GROWTH[0]} images that growth begins with")
     return args
 
 
@@ -87,8 +94,6 @@ def main() -> None:
     if args.measure:
         print(json.dumps(MEASURES[args.measure](args)))
         return
-    if "growth" in args.kinds and args.batch_size > GROWTH[0]:
-        raise UsageError(f"--batch-size {args.batch_size} is more than the {GROWTH[0]} images that growth begins with")
     with tempfile.TemporaryDirectory() as scratch:
         if args.data is None:
             args.data = write_photos(Path(scratch, "photos"))
@@ -96,9 +101,6 @@ def main() -> None:
             count = len(_files(args.data))
             if args.batch_size > count:
                 raise UsageError(f"--batch-size {args.batch_size} is more than the {count} images of {args.data}")
-        if not importlib.util.find_spec("lightly"):
-            args.kinds = [kind for kind in args.kinds if kind != "lightly"]
-            print("lightly is not installed (benchmarks/requirements.txt), and left out")
         kinds = [k for kind in args.kinds for k in (MEASURES if kind == "growth" else [kind]) if k.startswith(kind)]
         found = {kind: [] for kind in kinds}
         for turn in range(args.repeat):

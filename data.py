@@ -116,10 +116,8 @@ def _build_cache(listing: Listing, side: int, file: Path, block: int = 1024) -> 
     def load(entry):
         try:
             return listing.load(entry.path, side).transpose(2, 0, 1)
-        except MemoryError:
-            raise
         except Exception as error:  # noqa: BLE001  whatever a damaged file raises, it is named and left out
-            if getattr(error, "errno", None) in MACHINE:
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) in MACHINE:
                 raise
             return f"{type(error).__name__}: {error}".splitlines()[0]
 

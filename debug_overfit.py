@@ -55,9 +55,9 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.fault not in (None, "list", *FAULTS):
         raise UsageError(f"--fault {args.fault} is unknown: use `list`, or one of {', '.join(FAULTS)}")
-    ignored = {"fault", "decoder", "activation", "loss", "task"} & parser.given() if args.compare else ()
-    for name in sorted(ignored):
-        raise UsageError(f"--{name} is given, and --compare has versions of its own; leave one of them out")
+    if args.compare:
+        own = "is given, and --compare has versions of its own; leave one of them out"
+        options.refuse(parser, {"fault", "decoder", "activation", "loss", "task"}, own)
     if args.pretrained and args.encoder == "conv":
         raise UsageError("--pretrained needs an encoder of torchvision, such as --encoder resnet18")
     return args

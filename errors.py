@@ -1,11 +1,6 @@
 """The ways in which a command ends before its end, each one line for the person at the keyboard."""
 
 
-def plain(name: str) -> str:
-    """A name as UTF-8 can say it: bytes of a file's name that are no text come out as backslash and number."""
-    return name.encode("utf-8", "backslashreplace").decode()
-
-
 class UsageError(ValueError):
     """Something that was asked for makes no sense or is not there. Exit status 2."""
 

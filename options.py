@@ -198,8 +198,13 @@ def refuse_unused(parser: Parser, task: str) -> None:
         "quadrant": {*unmixing, *MIXING},
         "rotate": {*unmixing, *MIXING} - {"crop"},
     }
-    for name in sorted(parser.given() & unused.get(task, set())):
-        raise UsageError(f"--{name} is given, and --task {task} has no use for it; leave one of them out")
+    refuse(parser, unused.get(task, set()), f"is given, and --task {task} has no use for it; leave one of them out")
+
+
+def refuse(parser: Parser, names: set[str], why: str) -> None:
+    """Raises UsageError where one of these options is really on the command line."""
+    for name in sorted(parser.given() & names):
+        raise UsageError(f"--{name.replace('_', '-')} {why}")
 
 
 def add_model_options(parser: Parser) -> argparse._ArgumentGroup:

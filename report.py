@@ -15,8 +15,6 @@ from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from errors import plain
-
 HISTOGRAM = 10_000  # values of a layer in a histogram, about
 PHASES = ("train", "val", "uninformed", "floor")
 WORDS = {  # how a figure is called
@@ -102,12 +100,12 @@ class Log:
 
     def projector(self, features: torch.Tensor, names: list[str], thumbnails: torch.Tensor, epoch: int) -> None:
         """Features N D with the names N of their classes and thumbnails N 3 h w uint8, as points that can be turned."""
-        names = [plain(name) for name in names]
+        names = [_plain(name) for name in names]
         self.writer.add_embedding(features, names, thumbnails.float() / 255, epoch, f"features-{epoch}")
 
     def settings(self, settings: dict, final: dict[str, float], epoch: int) -> None:
         """A line of TensorBoard's table of runs: settings and final figures."""
-        said = {name: v if isinstance(v, bool | int | float) else plain(str(v)) for name, v in settings.items()}
+        said = {name: v if isinstance(v, bool | int | float) else _plain(str(v)) for name, v in settings.items()}
         figures = {f"summary/{name}": value for name, value in final.items()}
         self.writer.add_hparams(said, figures, run_name=".", global_step=epoch)
 
@@ -121,6 +119,11 @@ class Log:
             except OSError:
                 if not another:
                     raise
+
+
+def _plain(name):
+    """A name as UTF-8 can say it: bytes of a file's name that are no text come out as backslash and number."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _tag(name):

@@ -76,12 +76,15 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     options.add_resume_options(options.add_run_options(parser))
     args = parser.parse_args()
     saved = cli.resume(parser, args, {"device"})
-    for name in sorted(parser.given() & {"encoder_rate", "freeze"}) if args.mode != "finetune" else []:
-        raise UsageError(f"--{name.replace('_', '-')} is of --mode finetune; --mode {args.mode} has no use for it")
+    if args.mode != "finetune":
+        why = f"is of --mode finetune; --mode {args.mode} has no use for it"
+        options.refuse(parser, {"encoder_rate", "freeze"}, why)
     if not args.starts:
         raise UsageError("no START is given: name a pretext run's folder, an encoder.pt, or `scratch`")
-    if args.encoder and not saved and "scratch" not in args.starts:
-        raise UsageError("--encoder is of `scratch`, which is none of the STARTs; leave it out, or add that one")
+    if "scratch" not in args.starts:
+        options.refuse(
+            parser, {"encoder"}, "is of `scratch`, which is none of the STARTs; leave it out, or add that one"
+        )
     return args, saved
 
 
@@ -148,7 +151,7 @@ def open_starts(args: argparse.Namespace) -> list[transfer.Start]:
     args.data, args.encoder, args.size = args.data or first.data, args.encoder or first.encoder, args.size or first.size
     scratch = transfer.Start("scratch", args.encoder, args.size, args.data, None)
     starts = [pretrained.get(word, scratch) for word in dict.fromkeys(args.starts)]
-    for encoder in {args.encoder, *(start.encoder for start in starts)}:
+    for encoder in {start.encoder for start in starts}:
         build_encoder(encoder, size=args.size)  # what does not fit is said before anything is decoded
     return starts
 

@@ -119,8 +119,8 @@ def main() -> None:
     saved = cli.resume(parser, args, {"device"})
     if args.method not in METHODS:
         raise UsageError(f"give a method: {' or '.join(METHODS)}")
-    if args.method != "swav" and "prototypes" in parser.given():
-        raise UsageError(f"--prototypes is of swav; {args.method} has no use for it")
+    if args.method != "swav":
+        options.refuse(parser, {"prototypes"}, f"is of swav; {args.method} has no use for it")
     distributed.alone()
     train(args, saved)
 
