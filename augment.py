@@ -1,4 +1,4 @@
-"""Views: batched crop, flip and colour, on the device the images are on.
+"""Batches of views: random crop, flip and colour, computed on the device that the images are on.
 
 Crop, flip and resize are separable, so a view is two matrix products, `rows @ image @ columns.T`, with a triangle
 filter that is as wide as the reduction asks for (no aliasing, whatever the crop). Colour is linear in the pixel, so
@@ -25,21 +25,19 @@ GREY_SHARE = 0.1  # share of views without colour
 
 
 def seed_of(*key: int) -> int:
-    """A seed that depends on `key` alone, such as (seed, epoch, step)."""
+    """A 64-bit seed that depends on `key` alone, such as (seed, epoch, step)."""
     words = [len(key), *map(abs, key)]  # with the length, since a SeedSequence cannot tell trailing zeros apart
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
 
 def generator(*key: int) -> torch.Generator:
-    """A CPU random generator that depends on `key` alone.
-
-    Randomness is always drawn on the CPU, so that every device sees the same numbers.
-    """
+    """A CPU random generator that depends on `key` alone. Numbers are always drawn on the CPU, so that every device
+    gets the same ones."""
     return torch.Generator().manual_seed(seed_of(*key))
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`tensor` on `device`, without making the CPU wait for a GPU."""
+    """Copy a CPU tensor to `device` without making the CPU wait for a GPU."""
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -92,17 +90,17 @@ def augment(images: torch.Tensor, size: int, rng: torch.Generator, crop: float =
     return _affine(views, matrix, offset)
 
 
-def whole(images: torch.Tensor, size: int) -> torch.Tensor:
+def whole_view(images: torch.Tensor, size: int) -> torch.Tensor:
     """The view that evaluation uses: the whole image, resized and normalised.
 
     images  B 3 H W  uint8
     returns B 3 S S  float32
     """
     zeros, ones = torch.zeros(len(images), device=images.device), torch.ones(len(images), device=images.device)
-    return box(images, zeros, ones, zeros, ones, size)
+    return box_view(images, zeros, ones, zeros, ones, size)
 
 
-def box(images, left, width, top, height, size: int) -> torch.Tensor:
+def box_view(images, left, width, top, height, size: int) -> torch.Tensor:
     """Views of one box per image, normalised.
 
     images                    B 3 H W  uint8
@@ -126,7 +124,7 @@ def _between(uniform: torch.Tensor, low: float, high: float) -> torch.Tensor:
 
 
 def _crop(images, left, width, top, height, size):
-    """As `box`, but B 3 S S float in [0, 1]."""
+    """As `box_view`, but B 3 S S float in [0, 1]."""
     columns = _resampling(left, width, images.shape[3], size)  # B S W
     rows = _resampling(top, height, images.shape[2], size)  # B S H
     pixels = images.float() / 255

@@ -1,14 +1,11 @@
-"""The pixels of a data set, decoded once, and the loaders.
+"""Data sets: a folder or a name -> its list of files -> pixels, decoded once -> rows -> loaders.
 
-    list_data(name or folder, data_dir)    -> Listing: what there is; see listing.py
-    open_images(listing, size, data_dir)   -> Images: the pixels, from the cache where it is still true
-    pretext_split(entries, ...)            -> rows to train on, rows to validate on
-    get_dataloaders(images, ...)           -> training loader, validation loader
+    list_data(name or folder, data_dir)   -> Listing: files, splits, classes; nothing is decoded yet
+    open_images(listing, size, data_dir)  -> Images: the pixels, from a memory-mapped cache
+    pretext_split(entries, batch_size)    -> rows to train on, rows to validate on
+    get_dataloaders(images, ...)          -> training loader, validation loader
 
-Every image is decoded once, ever: its pixels go into a memory-mapped cache of unsigned bytes, and a batch is a gather
-of its rows.
-
-`python data.py DATA` says what is in a data set; see inspection.py.
+Every file is decoded once for each side that is asked for. A batch is then a gather of rows of the cache.
 """
 
 import errno
@@ -16,14 +13,13 @@ import glob
 import hashlib
 import json
 import os
-import queue
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,20 +27,146 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from augment import generator, send
-from errors import RunError, UsageError
-from listing import Entry, Listing, list_data, require_every_split
+from harness import bundled
+from harness.decode import decode, typical_side
+from harness.download import ARCHIVES, fetch
+from harness.errors import ValueProblem
+from harness.files import FULL, files_below, refuse_inside, unusable
 
+UNLABELLED = -1
+CACHE_VERSION = 2  # change it whenever decoding changes, so that older caches are rebuilt
+SYSTEM_ERRORS = {errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE}  # stop instead of skipping the image
 VALIDATION_BLOCK = 256  # images in a validation batch, at most; part of the fixed question, so not an option
-PLACES = ("auto", "device", "stream")
-MACHINE = {errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE}  # not the file's fault: ends the run
-RESIDENT_SHARE = 0.5  # of the device's free memory, for images that live there
-PREFETCH = 2  # batches gathered ahead
 SMALLEST_VALIDATION = 3  # images; a validation mixture has three candidates
+PLACES = ("auto", "device", "stream")
+RESIDENT_SHARE = 0.5  # of the device's free memory, for images that live there
+EXPECTED = {  # where the images of a split should be
+    "train": "train/CLASS/IMAGE",
+    "val": "val/CLASS/IMAGE",
+    "unsup": "images at any depth, or train/CLASS/IMAGE, val/CLASS/IMAGE and optionally unsup/IMAGE",
+}
+
+
+class Entry(NamedTuple):
+    """One image of a data set."""
+
+    path: str  # relative to the data set, with "/"; names the image
+    split: str  # "train", "val" or "unsup"
+    label: int  # index into the classes, or UNLABELLED
+
+
+@dataclass
+class Listing:
+    """The files of a data set."""
+
+    name: str
+    place: str  # the folder, or "photos", for messages
+    required: tuple[str, ...]  # splits that need images
+    classes: list[str]
+    entries: list[Entry]
+    skipped: list[tuple[str, str]]  # (path, why) of files that cannot be used
+    load: Callable[[str, int], np.ndarray]  # (path, side) -> side side 3 uint8; raises if there is no image
+    native: int  # shortest side of a typical image, px
+    fingerprint: str  # changes whenever a file changes
+    root: Path | None = None  # the folder of the paths; None for the bundled photographs
+
+    def require_every_split(self) -> None:
+        """Raises UsageError if a split has no image."""
+        for split in self.required:
+            if not any(entry.split == split for entry in self.entries):
+                why = "".join(f"; {path} was left out: {reason}" for path, reason in self.skipped[:1])
+                problem = f": no usable image for {split}: expected {EXPECTED[split]}{why}"
+                raise ValueProblem("data", self.place, problem)
+
+
+def list_data(data: str, data_dir: str | Path = "data") -> Listing:
+    """The files of `photos`, of a data set by name (see harness/download.py; fetched into `data_dir`), or of a folder.
+    Raises UsageError if there is nothing to list, RunError if a data set cannot be fetched."""
+    if data == "photos":
+        listing = _list_photos()
+    elif data in ARCHIVES:
+        listing = _list_folder(fetch(data, data_dir))
+    else:
+        refuse_inside(data, "data_dir", data_dir)
+        listing = _list_folder(Path(data))
+    listing.require_every_split()
+    return listing
+
+
+def _list_photos() -> Listing:
+    """The photographs in scikit-image's wheel, one class each, in Image网's shape."""
+    classes, patches = sorted(bundled.PHOTOS), bundled.list_patches()
+    entries = [Entry(path, split, classes.index(name) if name else UNLABELLED) for path, split, name in patches]
+    stamp, splits = _hash(entries, bundled.PHOTOS), ("train", "val", "unsup")
+    return Listing("photos", "photos", splits, classes, entries, [], bundled.load_patch, bundled.PATCH, stamp)
+
+
+def _list_folder(root: Path) -> Listing:
+    """A folder with `train/CLASS/`, `val/CLASS/` and optionally `unsup/` has these splits; the class indices are those
+    of `train/` by name, in every split. Any other folder holds unlabelled images, at any depth: all "unsup"."""
+    if not root.exists():
+        raise ValueProblem("data", root, ": no such folder; give a folder of images, or `photos`")
+    if not root.is_dir():
+        raise ValueProblem("data", root, "is a file; give the folder that holds the images")
+    classes, val_classes = _folders(root / "train"), _folders(root / "val")
+    labelled, problem = bool(classes and val_classes), ""
+    for name, folders, other in (("train", classes, val_classes), ("val", val_classes, classes)):
+        if (root / name).is_dir() and other and not folders:
+            problem = f"no usable image for {name}: expected {name}/CLASS/IMAGE, and there is no class"
+    if (root / "val").is_dir() and not labelled and not problem:
+        problem = "what is in val/ is never trained on, and without train/CLASS/ and val/CLASS/ all images are; make "
+        problem += "these folders, or give the folder of those to train on"
+    if labelled and (unknown := sorted(set(val_classes) - set(classes))):
+        problem = f"val/{unknown[0]}/ is a class that train/ does not have; rename it to one, or remove it"
+    if problem:
+        raise ValueProblem("data", root, f": {problem}")
+    required = ("train", "val", *["unsup"] * (root / "unsup").is_dir()) if labelled else ("unsup",)
+
+    entries, skipped, stamps = [], [], []
+    for path in sorted(files_below(root, skipped)):
+        split, *inner = path.split("/")
+        if not (root / path).is_file():
+            skipped.append((path, "a broken link, or no regular file"))
+            continue
+        if not labelled or (split == "unsup" and inner):
+            entries.append(Entry(path, "unsup", UNLABELLED))
+        elif split in ("train", "val") and len(inner) > 1:
+            entries.append(Entry(path, split, classes.index(inner[0])))
+        else:
+            skipped.append((path, "in no class folder of train/ or val/, nor in unsup/"))
+            continue
+        stat = (root / path).stat()
+        stamps.append((path, stat.st_size, stat.st_mtime_ns))
+    return Listing(
+        name=root.resolve().name,
+        place=str(root),
+        required=required,
+        classes=classes if labelled else [],
+        entries=entries,
+        skipped=skipped,
+        load=lambda path, side: decode(root / path, side),
+        native=typical_side([root / entry.path for entry in entries]),
+        fingerprint=_hash(str(root.resolve()), classes if labelled else [], entries, stamps),
+        root=root,
+    )
+
+
+def _folders(root: Path) -> list[str]:
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")) if root.is_dir() else []
+
+
+def _hash(*parts) -> str:
+    return hashlib.sha256(json.dumps([CACHE_VERSION, *parts]).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------ the cache
+#
+# One file: the pixels of every image, then a JSON index, then the length of the index in 8 bytes.
 
 
 @dataclass
 class Images:
-    """A decoded data set of N images, rows of one array that stays on disk."""
+    """A decoded data set of N images."""
 
     listing: Listing  # its entries are those that could be decoded, one a row
     pixels: np.ndarray  # N 3 H H uint8, memory-mapped
@@ -55,7 +177,7 @@ class Images:
         return [row for row, entry in enumerate(self.listing.entries) if entry.split in splits]
 
     def identity(self) -> dict[str, object]:
-        """What two data sets have in common only if they hold the same images, as far as their names tell."""
+        """Fingerprint used to refuse resuming on different data: plain values by name."""
         return {
             "number of images": len(self.listing.entries),
             "side": self.pixels.shape[2],
@@ -64,31 +186,24 @@ class Images:
         }
 
     def describe(self) -> str:
-        """What there is, split by split, and what had to be left out, a line each."""
+        """A line with the numbers of images, and a line for each file that was skipped."""
         counts = Counter(entry.split for entry in self.listing.entries)
         splits = ", ".join(f"{count} {split}" for split, count in sorted(counts.items()))
         classes = f", {len(self.listing.classes)} classes" if self.listing.classes else ", no labels"
-        lines = [f"{self.listing.where}: {len(self.labels)} images ({splits}{classes}), {self.pixels.shape[2]} px"]
+        lines = [f"{self.listing.place}: {len(self.labels)} images ({splits}{classes}), {self.pixels.shape[2]} px"]
         lines += [f"skipped {path}: {why}" for path, why in self.listing.skipped]
         if self.listing.skipped:
             lines.append(f"{len(self.listing.skipped)} files skipped")
         return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------------------------- the cache
-#
-# One file: the pixels of every image, then a JSON index, then the length of the index in 8 bytes.
-
-
 def open_images(listing: Listing, size: int, data_dir: str | Path) -> Images:
-    """The pixels of a data set, decoded unless a cache of the very same files and side is there.
-
-    They are stored at twice the side of a view (`size`, px), so that a crop is sharp too, or at their own if smaller.
-    Raises UsageError where nothing of a split could be decoded.
-    """
+    """The pixels of a data set, from the cache in `data_dir`; decoded if no cache of the very same files is there. They
+    are stored at twice the side of a view (`size`, px), so that a crop is sharp too, or at their own if smaller. Raises
+    UsageError if nothing of a split could be decoded, RunError if the disk is full."""
     side = min(2 * size, listing.native or 2 * size)
-    where = hashlib.sha256(os.fsencode(listing.where)).hexdigest()[:8]
-    file = Path(data_dir, "cache", f"{listing.name}-{where}-{side}px.cache")
+    place = listing.root.resolve() if listing.root else listing.place  # one cache however the path was typed
+    file = Path(data_dir, "cache", f"{listing.name}-{_hash(os.fsdecode(place))[:8]}-{side}px.cache")
     index = _read_index(file)
     if index is None or index["fingerprint"] != listing.fingerprint:
         index = _build_cache(listing, side, file)
@@ -111,23 +226,23 @@ def _read_index(file: Path) -> dict | None:
 
 
 def _build_cache(listing: Listing, side: int, file: Path, block: int = 1024) -> dict:
-    """Decode everything on all cores into `file`, by way of a temporary one: only a complete cache has the name."""
+    """Decode everything on all cores into a temporary file, and rename it to `file` when it is complete."""
 
     def load(entry):
         try:
             return listing.load(entry.path, side).transpose(2, 0, 1)
-        except Exception as error:  # noqa: BLE001  whatever a damaged file raises, it is named and left out
-            if isinstance(error, MemoryError) or getattr(error, "errno", None) in MACHINE:
+        except Exception as error:  # noqa: BLE001  damaged files raise many kinds; each is skipped and named
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) in SYSTEM_ERRORS:
                 raise
             return f"{type(error).__name__}: {error}".splitlines()[0]
 
+    data_dir = file.parent.parent
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        where = file.parent.parent
-        raise UsageError(f"--data-dir {where} cannot be used ({error.strerror}); give another folder") from error
+        raise unusable("data_dir", data_dir, error) from error
     for left in file.parent.glob(f"{glob.escape(file.name)}.*.part"):
-        if time.time() - left.stat().st_mtime > 3600:  # by a killed run: one that lives writes all the time
+        if time.time() - left.stat().st_mtime > 3600:  # of a killed run: a living one writes all the time
             left.unlink(missing_ok=True)
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     kept, skipped = [], list(listing.skipped)
@@ -144,7 +259,7 @@ def _build_cache(listing: Listing, side: int, file: Path, block: int = 1024) -> 
                         cache.write(np.ascontiguousarray(pixels))
                     bar.update()
             listing.entries, listing.skipped = kept, skipped
-            require_every_split(listing)
+            listing.require_every_split()
             index = {"fingerprint": listing.fingerprint, "entries": kept, "skipped": skipped}
             text = json.dumps(index).encode()
             cache.write(text + len(text).to_bytes(8, "little"))
@@ -152,13 +267,10 @@ def _build_cache(listing: Listing, side: int, file: Path, block: int = 1024) -> 
             os.fsync(cache.fileno())
         os.replace(part, file)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
-        needed = len(listing.entries) * 3 * side**2 / 1e6
-        raise RunError(
-            f"the disk of --data-dir {file.parent.parent} is full, and the decoded images need {needed:.0f} MB; "
-            "free some, or give another folder"
-        ) from error
+        needs = f", and the decoded images need {len(listing.entries) * 3 * side**2 / 1e6:.0f} MB"
+        raise unusable("data_dir", data_dir, error, needs) from error
     finally:
         part.unlink(missing_ok=True)
     return index
@@ -169,48 +281,40 @@ def workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-# --------------------------------------------------------------------------------------------------------- the loaders
+# ------------------------------------------------------------------------------------------------ splits and loaders
 
 
-def pretext_split(entries: Sequence[Entry], batch_size: int, flag: str = "--batch-size") -> tuple[list[int], list[int]]:
-    """Rows to train on and rows to validate on, from train/ and unsup/ together; val/ is never seen.
-
-    The validation rows are the tenth (at least 3) whose path has the lowest MD5, in the order of it: so the images that
-    are asked about together come from all over the data, not from one class.
-    Raises UsageError where less than a batch is left to train on.
-    """
+def pretext_split(entries: Sequence[Entry], batch_size: int) -> tuple[list[int], list[int]]:
+    """Rows to train on and rows to validate on, from train/ and unsup/ together; val/ is left out. The validation rows
+    are the tenth (at least 3) whose path has the lowest MD5, in that order, so that a validation batch shows images
+    from all over the data, not of one class. Raises UsageError if less than a batch is left to train on."""
     rows = [row for row, entry in enumerate(entries) if entry.split != "val"]
-    ranked = sorted(rows, key=lambda row: hashlib.md5(os.fsencode(entries[row].path)).hexdigest())
+    digest = lambda row: hashlib.md5(os.fsencode(entries[row].path), usedforsecurity=False).hexdigest()  # noqa: E731
+    ranked = sorted(rows, key=digest)
     held_out = max(SMALLEST_VALIDATION, round(len(rows) / 10))
     train, val = sorted(ranked[held_out:]), ranked[:held_out]
     if len(train) < 2:
-        raise UsageError(
-            f"--data holds {len(rows)} image{'s' * (len(rows) != 1)} to train on; unmixing needs at least "
-            f"{SMALLEST_VALIDATION + 2} ({SMALLEST_VALIDATION} of them to validate on), and hundreds to learn much"
-        )
+        least = f"{SMALLEST_VALIDATION + 2} ({SMALLEST_VALIDATION} of them to validate on), and hundreds to learn much"
+        problem = f"holds {len(rows)} image{'s' * (len(rows) != 1)} to train on; unmixing needs at least {least}"
+        raise ValueProblem("data", None, problem)
     if len(train) < batch_size:
-        raise UsageError(
-            f"{flag} {batch_size} is more than the {len(train)} images to train on; use {len(train)} or less"
-        )
+        problem = f"is more than the {len(train)} images to train on; use {len(train)} or less"
+        raise ValueProblem("batch_size", batch_size, problem)
     return train, val
 
 
-def open_pretext(
-    data: str, size: int, data_dir: str | Path, batch_size: int, flag: str = "--batch-size"
-) -> tuple[Images, list[int], list[int]]:
-    """The images of `data`, the rows to train on and those to validate on. Raises UsageError as its parts do."""
+def open_pretext(data: str, size: int, data_dir: str | Path, batch_size: int) -> tuple[Images, list[int], list[int]]:
+    """The images of `data`, the rows to train on and those to validate on. Raises UsageError and RunError."""
     listing = list_data(data, data_dir)
-    pretext_split(listing.entries, batch_size, flag)  # too few to train on is said before anything is decoded
+    pretext_split(listing.entries, batch_size)  # too few images are refused before anything is decoded
     images = open_images(listing, size, data_dir)
-    return images, *pretext_split(listing.entries, batch_size, flag)
+    return images, *pretext_split(images.listing.entries, batch_size)
 
 
 def choose_place(name: str, images: Images, device: torch.device) -> str:
-    """Where batches are gathered: "device", where all images live, or "stream", from the memory-mapped cache.
-
-    `auto` takes the GPU where the images fill at most half of its free memory. On a CPU it streams: the system keeps
-    the cache's pages in memory as long as there is room.
-    """
+    """Where batches are gathered: "device", where all images live, or "stream", from the memory-mapped cache. `auto`
+    takes the GPU if the images fill at most half of its free memory. On a CPU it streams: the system keeps the cache's
+    pages in memory as long as there is room."""
     if name != "auto":
         return name
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
@@ -240,47 +344,9 @@ class ImageDataset(Dataset):
         return self.resident[send(torch.tensor(rows), self.resident.device)], labels
 
 
-class Prefetched(DataLoader):
-    """A loader whose next batches are gathered by a thread while the device computes."""
-
-    def __iter__(self):
-        batches, stop = queue.Queue(PREFETCH), threading.Event()
-
-        def offer(item):
-            while not stop.is_set():
-                try:
-                    return batches.put(item, timeout=0.1)
-                except queue.Full:
-                    continue
-
-        def gather():
-            try:
-                for batch in super(Prefetched, self).__iter__():
-                    offer((batch, None))
-                    if stop.is_set():
-                        return
-                offer((None, None))
-            except BaseException as error:  # noqa: BLE001  it is raised where the batch was wanted
-                offer((None, error))
-
-        thread = threading.Thread(target=gather, daemon=True)
-        thread.start()
-        try:
-            while True:
-                batch, error = batches.get()
-                if error:
-                    raise error
-                if batch is None:
-                    return
-                yield batch
-        finally:
-            stop.set()
-            thread.join()
-
-
 class EpochOrder(Sampler):
-    """Full batches in an order that depends on the seed and on `epoch` alone; the loop sets `epoch`, and with `first`
-    the batch to begin with."""
+    """Full batches in an order that depends on the seed and on `epoch` alone. The loop sets `epoch`, and `first`, the
+    batch to begin with."""
 
     def __init__(self, count: int, batch_size: int, seed: int):
         self.count, self.batch_size, self.seed, self.epoch, self.first = count, batch_size, seed, 0, 0
@@ -292,28 +358,6 @@ class EpochOrder(Sampler):
         order = torch.randperm(self.count, generator=generator(self.seed, self.epoch)).tolist()
         for start in range(self.first * self.batch_size, len(self) * self.batch_size, self.batch_size):
             yield order[start : start + self.batch_size]
-
-
-class FullBatches:
-    """What a loader yields, put together and cut into batches of exactly `size`; what is left over is dropped."""
-
-    def __init__(self, loader: Iterable, size: int):
-        self.loader, self.size = loader, size
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        rest = None
-        for batch in self.loader:
-            images, labels = batch if rest is None else map(torch.cat, zip(rest, batch, strict=True))
-            end = len(images) // self.size * self.size
-            yield from zip(images[:end].split(self.size), labels[:end].split(self.size), strict=True) if end else ()
-            rest = images[end:], labels[end:]
-
-
-def check_same(then: dict[str, object], now: dict[str, object], folder: str) -> None:
-    """Raises UsageError where the run in `folder`, to be resumed, had images of another `identity` than those now."""
-    for name, was in then.items():
-        if was != now[name]:
-            raise UsageError(f"--resume {folder}: the data is another: {name} was {was}, and is {now[name]} now")
 
 
 def get_dataloaders(
@@ -329,27 +373,21 @@ def get_dataloaders(
 
     place  where the images live, see `choose_place`; the batches are the same
 
-    The training loader yields a fresh order every epoch (set `loader.batch_sampler.epoch`), and full batches only.
-    The validation loader yields every row, in order, in even blocks that depend on their number alone.
+    The training loader yields a fresh order every epoch (set `loader.batch_sampler.epoch`), and full batches only. The
+    validation loader yields every row, in order, in even blocks that depend on their number alone.
     """
     device = device or torch.device("cpu")
     resident, options = None, {}
     if choose_place(place, images, device) == "device":
         resident = torch.from_numpy(np.array(images.pixels)).to(device)
-    else:
-        options["pin_memory"] = device.type == "cuda"
-    kind = Prefetched if resident is None else DataLoader
+    elif device.type == "cuda":
+        options = {"pin_memory": True}
+        if hasattr(os, "fork"):  # a worker gathers the next batches while the GPU computes
+            options |= {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": "fork"}
     train, val = ImageDataset(images, train, resident), ImageDataset(images, val, resident)
     blocks = np.array_split(np.arange(len(val)), -(-len(val) // VALIDATION_BLOCK))
     order = EpochOrder(len(train), batch_size, seed)
     return (
-        kind(train, batch_sampler=order, collate_fn=train.collate, **options),
-        kind(val, batch_sampler=[b.tolist() for b in blocks], collate_fn=val.collate, **options),
+        DataLoader(train, batch_sampler=order, collate_fn=train.collate, **options),
+        DataLoader(val, batch_sampler=[b.tolist() for b in blocks], collate_fn=val.collate, **options),
     )
-
-
-if __name__ == "__main__":
-    import cli
-    import inspection
-
-    cli.run(inspection.main)

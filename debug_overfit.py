@@ -1,182 +1,138 @@
 """Why does the network not learn? A ladder of checks, from the cheapest to the whole task overfit on a few examples.
 
     python debug_overfit.py --n 8                          the ladder
-    python debug_overfit.py --decoder dot --loss mse       on your own choice of parts
+    python debug_overfit.py --decoder dot --loss mse       with your own choice of parts: the obvious version
     python debug_overfit.py --encoder resnet18 --pretrained
-    python debug_overfit.py --compare                      the obvious version beside those that learn, as a table
-    python debug_overfit.py --fault list                   known bugs that can be planted, to see them caught
 
-Exit status 0 when no check fails, 1 when one does: the first is explained, and the ladder ends there.
+Exit status 0 if no check fails, 1 if one does: it is explained, and the ladder ends there.
 """
 
 import argparse
 import textwrap
+from datetime import timedelta
+from pathlib import Path
 
 import torch
-from torch import nn
 
-import checkpoint
-import cli
-import distributed
-import options
 from augment import generator
 from data import get_dataloaders, open_pretext
-from engine import Trainer, choose_amp, choose_device, device_name
-from errors import UsageError
-from faults import FAULTS
-from ladder import CHECKS, FAILED, STEPS, WARNING, Subject, climb
-from models import build_model
-from report import Log
-from tasks import build_task
+from engine import AMP, DEVICES, Trainer, choose_amp, choose_device, device_name
+from harness import command, folder, ranks
+from harness.download import ARCHIVES
+from harness.errors import UsageError, ValueProblem
+from harness.files import write_json
+from harness.log import Log
+from ladder import CHECKS, FAILED, WARNING, Subject, climb
+from models import DECODERS, build_model
+from tasks import ACTIVATIONS, LOSSES, TASKS, MixupTransform, settings_of
 
 MARKS = {"ok": "✓", WARNING: "!", FAILED: "✗"}
-VERSIONS = (  # decoder, activation, loss
-    ("dot", "softmax", "mse"),
-    ("dot", "sigmoid", "mse"),
-    ("dot", "softmax", "kl"),
-    ("cosine", "softmax", "kl"),
-    ("mlp", "softmax", "kl"),
-    ("ridge", "softmax", "kl"),
-)
 
 
 def parse() -> argparse.Namespace:
-    """The command line -> settings. Raises UsageError where they make no sense."""
-    parser = options.Parser(*__doc__.split("\n\n", 1))
-    parser.add_argument("--n", type=options.whole(3, 1024), default=8, help="examples to overfit")
-    parser.add_argument("--fault", metavar="NAME", help="plant a known bug; `list` prints them (default: none)")
-    parser.add_argument("--compare", action="store_true", help="the table of versions in place of the ladder")
-    options.add_data_options(parser)
-    options.add_task_options(parser, candidates=3)
-    group = options.add_model_options(parser)
-    group.add_argument("--pretrained", action="store_true", help="start from torchvision's weights")
-    options.add_loop_options(parser)
-    options.add_run_options(parser)
+    """The command line -> settings. Raises UsageError if they make no sense."""
+    integer, switch = command.integer, argparse.BooleanOptionalAction
+    parser = command.Parser(__doc__)
+    parser.add_argument("--n", type=integer(3, 1024), default=8, help="examples to overfit")
+    add = parser.add_argument_group("images").add_argument
+    names = ", ".join(ARCHIVES)
+    add("--data", type=command.place, default="photos", help=f"`photos` (bundled), a folder, or {names}: fetched")
+    add("--data-dir", type=command.place, default="data", help="folder for data sets by name, and for decoded images")
+    add("--size", type=integer(8, 1024), default=32, help="side of a view, px")
+    add = parser.add_argument_group("question").add_argument
+    add("--task", choices=TASKS, default="mixup", help="`mixup`: how much of each image is in the mixture?")
+    add("--candidates", type=command.candidates, default=3, help="how many, or `batch`: all examples")
+    add("--sources", type=integer(2), default=2, help="images in a mixture")
+    add("--views", action=switch, default=True, help="candidates show another crop, flip and colour than was mixed")
+    add("--activation", choices=ACTIVATIONS, default="softmax", help="weights as a distribution, or each by itself")
+    add("--loss", choices=LOSSES, default="kl", help="cross-entropy less its floor, or squared error")
+    add = parser.add_argument_group("network").add_argument
+    add("--encoder", default="conv", help="conv, or a classification network of torchvision by name")
+    add("--decoder", choices=DECODERS, default="ridge", help="what compares mixture and candidates")
+    add("--pretrained", action="store_true", help="start from torchvision's weights")
+    add = parser.add_argument_group("training").add_argument
+    add("--lr", type=command.rate, default=1e-3, help="peak learning rate of AdamW")
+    add("--seed", type=integer(0, 2**32 - 1), default=0, help="fixes all that is random")
+    add("--device", choices=DEVICES, default="auto", help="where to compute; auto: a GPU if there is one")
+    add("--amp", choices=AMP, default="off", help="bf16; off by default, since checks compare answers to the digit")
+    add = parser.add_argument_group("results").add_argument
+    add("--out", type=command.place, help="the run's folder (default: runs/debug-DATA-ENCODER-TIME)")
+    add("--overwrite", action="store_true", help="replace the run that --out holds")
     args = parser.parse_args()
-    if args.fault not in (None, "list", *FAULTS):
-        raise UsageError(f"--fault {args.fault} is unknown: use `list`, or one of {', '.join(FAULTS)}")
-    if args.compare:
-        own = "is given, and --compare has versions of its own; leave one of them out"
-        options.refuse(parser, {"fault", "decoder", "activation", "loss", "task"}, own)
     if args.pretrained and args.encoder == "conv":
         raise UsageError("--pretrained needs an encoder of torchvision, such as --encoder resnet18")
+    if args.candidates == "batch":
+        args.candidates = args.n  # the examples are the batch
     return args
 
 
 def assemble(args: argparse.Namespace, log: Log | None = None) -> Subject:
-    """The pieces of a training run on the first n of the shuffled images, as the settings ask for them."""
+    """The pieces of a training run on the first n of the shuffled images, with the parts that the options choose."""
     device = choose_device(args.device)
-    if args.candidates == "batch":
-        args.candidates = args.n  # the examples are the batch
-    for name in ("mixup", args.task):  # most of the checks ask about mixtures, whatever the task
-        options.make_task(argparse.Namespace(**vars(args) | {"task": name}), args.n, "--n")
+    amp = choose_amp(args.amp, device)
 
     def make_task(name, views=None):
-        views = args.views if views is None else views
-        return build_task(name, args.candidates, args.sources, views, args.size, args.activation, args.loss)
+        settings = vars(args) | ({} if views is None else {"views": views})
+        return TASKS[name](**{setting: settings[setting] for setting in settings_of(name) & settings.keys()})
+
+    for name in ("mixup", args.task):  # most of the checks ask about mixtures, whatever the task
+        if isinstance(make_task(name), MixupTransform) and args.candidates > args.n:
+            raise UsageError(f"--candidates {args.candidates} is more than --n {args.n} has; change one of them")
 
     def make_model(classes=None):
         torch.manual_seed(args.seed)
         return build_model(args.encoder, args.decoder, args.size, classes, args.pretrained).to(device)
 
     def make_trainer(model, task, steps):
-        amp = args.amp == "bf16" and choose_amp(args.amp, device)  # the checks compare answers, so exact unless asked
         return Trainer(model, task, lr=args.lr, steps=steps, seed=args.seed, device=device, amp=amp)
 
-    make_model()  # an impossible encoder is said before anything is decoded
-    images, train, val = open_pretext(args.data, args.size, args.data_dir, args.n, "--n")
+    make_model()  # an impossible encoder is refused before anything is decoded
+    images, train, val = open_pretext(args.data, args.size, args.data_dir, 2)
+    if len(train) < args.n:
+        raise ValueProblem("n", args.n, f"is more than the {len(train)} images to train on; use {len(train)} or less")
     train_loader, val_loader = get_dataloaders(images, train, val, min(max(64, args.n), len(train)), args.seed)
     rows = [train[i] for i in torch.randperm(len(train), generator=generator(args.seed))[: args.n]]
-    return Subject(
-        images=images,
-        train=train,
-        val=val,
-        train_loader=train_loader,
-        val_loader=val_loader,
-        pixels=torch.from_numpy(images.pixels[rows]).to(device),
-        task=args.task,
-        make_task=make_task,
-        make_model=make_model,
-        make_trainer=make_trainer,
-        seed=args.seed,
-        log=log,
-    )
+    pixels = torch.from_numpy(images.pixels[rows]).to(device)
+    loaders = {"train_loader": train_loader, "val_loader": val_loader}
+    makers = {"make_task": make_task, "make_model": make_model, "make_trainer": make_trainer}
+    return Subject(images, train, val, pixels=pixels, task=args.task, seed=args.seed, log=log, **loaders, **makers)
 
 
-def run_ladder(subject: Subject, folder) -> int:
-    """Climb, a line a check; explain the first that fails. 0 when none does, else 1."""
-    found, total = [], 0.0
+def run_ladder(subject: Subject, place: Path) -> int:
+    """Climb, a line a check; explain the first that fails. Returns the exit status: 0 if none does, else 1."""
+    checks, total = [], 0.0
     for number, name, result, seconds in climb(subject):
         print(f"{MARKS[result.status]} {number:2} {name:13} {result.figure}   {seconds:.1f} s", flush=True)
-        found.append({"check": name, "status": result.status, "figure": result.figure, "seconds": seconds})
+        checks.append({"check": name, "status": result.status, "figure": result.figure, "seconds": seconds})
         total += seconds
-    checkpoint.save_json({"checks": found, "seconds": total}, folder / "summary.json")
+    write_json({"checks": checks, "seconds": total}, place / "summary.json")
     if result.status == FAILED:
         print("\n" + textwrap.fill(f"{name} failed. {result.why}", 116))
         skipped = list(CHECKS)[number + 1 :]
         if skipped:
             print(f"Not run, since they build on it: {', '.join(skipped)}.")
         return 1
-    warned = [check["check"] for check in found if check["status"] == WARNING]
-    print(f"\nNo check failed, in {cli.duration(total)}{'; look at ' + ', '.join(warned) if warned else ''}.")
-    print(f"curves   tensorboard --logdir {folder.parent}")
+    warned = [check["check"] for check in checks if check["status"] == WARNING]
+    print(
+        f"\nNo check failed, in {timedelta(seconds=round(total))}{'; look at ' + ', '.join(warned) if warned else ''}."
+    )
+    print(f"curves   tensorboard --logdir {place.parent}")
     return 0
 
 
-def compare_versions(args: argparse.Namespace, log: Log) -> None:
-    """Overfit the same examples with the obvious version and with those that learn, and print the table."""
-    device = device_name(choose_device(args.device))
-    print(f"{args.n} examples, {args.candidates} candidates, learning rate {args.lr:g}, {STEPS} steps, {device}\n")
-    columns = ("decoder, activation, loss", "logits at the start: std, max", "gradient of the first layer")
-    print(f"| {' | '.join((*columns, 'weight error', 'sources named right'))} |")
-    print("|---|---|---|---|---|")
-    for decoder, activation, loss in VERSIONS:
-        version = argparse.Namespace(**vars(args) | {"decoder": decoder, "activation": activation, "loss": loss})
-        subject = assemble(version, log)
-        task = subject.make_task("mixup")
-        question = subject.question(task)
-        model = subject.make_model()
-        trainer = subject.make_trainer(model, task, STEPS)
-        logits = trainer.logits(question)
-        task.score(logits, question)["loss"].backward()
-        first = next(p for m in model.modules() if isinstance(m, nn.Conv2d) for p in m.parameters()).grad.norm().item()
-        for step in range(STEPS):
-            model.train()
-            trainer.step(question, step)
-        scores = task.score(trainer.answer(question), question)
-        cells = (
-            f"{decoder}, {activation}, {loss}",
-            f"{logits.std():.2g}, {logits.abs().max():.2g}",
-            f"{first:.2g}",
-            f"{scores['weight_mae']:.3f}",
-            f"{scores['source_accuracy']:.0%}",
-        )
-        print(f"| {' | '.join(cells)} |", flush=True)
-
-
 def main() -> int:
-    """Run what was asked for."""
+    """Climb the ladder."""
     args = parse()
-    distributed.alone()
-    if args.fault == "list":
-        for name, fault in FAULTS.items():
-            print(f"{name}: {fault.__doc__}")
-        return 0
-    folder = cli.choose_folder(args, "debug")
+    ranks.refuse_several()
+    place = folder.choose(args, "debug")
     subject = assemble(args)
-    cli.make_folder(folder, args, device_name(choose_device(args.device)))
-    subject.log = Log(folder)
+    folder.make(place, args, device_name(choose_device(args.device)))
+    subject.log = Log(place)
     try:
-        if args.compare:
-            compare_versions(args, subject.log)
-            return 0
-        if args.fault:
-            print(f"planted: {args.fault}: {FAULTS[args.fault].__doc__}")
-            FAULTS[args.fault](subject)
-        return run_ladder(subject, folder)
+        return run_ladder(subject, place)
     finally:
         subject.log.close()
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command.run(main)

@@ -1,29 +1,24 @@
 """Encoders, decoders and the network that is trained, `Unmixer(encoder, decoder)`.
 
-An encoder maps B 3 S S to B D and says D in `out_features`. A decoder maps the features of the mixtures (B D), those
-of the views that are asked about (A D) and the candidates (B n, rows of A) to logits (B n), without the activation.
+An encoder maps B 3 S S to B D and has D in `out_features`. A decoder maps the features of the mixtures (B D), those of
+the views that are asked about (A D) and the candidates (B n, rows of A) to logits (B n), without the activation.
 """
 
-import copy
+import difflib
 import math
 import pickle
+import warnings
 from pathlib import Path
 
 import torch
 import torchvision
 from torch import nn
 
-from distributed import encode
-from errors import UsageError
+from harness.errors import UsageError, ValueProblem
+from harness.ranks import encode
 
-TORCHVISION = {  # name: what stands for the features once the classifier is gone
-    "mobilenet_v2": "classifier",
-    "resnet18": "fc",
-    "resnet50": "fc",
-    "convnext_tiny": "classifier",
-}
-ENCODERS = ("conv", *TORCHVISION)
-DECODERS = ("ridge", "cosine", "mlp", "dot")
+USUAL_SIZE = 224  # px; the views that torchvision's networks are made for
+OTHER_HEAD = "has another kind of head than one Linear layer"
 
 
 class ConvBlock(nn.Sequential):
@@ -31,9 +26,7 @@ class ConvBlock(nn.Sequential):
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1):
         super().__init__(
-            nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(inplace=True),
+            nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
         )
 
 
@@ -55,16 +48,13 @@ class ResBlock(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """Convolution blocks that widen as they halve the picture, then residual blocks, then mean and maximum over the
-    picture: B 3 S S -> B D, D = 2 * widths[-1].
-    """
+    """Convolutions that widen as they halve the picture, residual blocks, then mean and maximum: B 3 S S -> B D."""
 
     def __init__(self, widths: tuple[int, ...] = (32, 64, 128, 256), blocks: int = 2):
         super().__init__()
         self.out_features = 2 * widths[-1]
         self.convs = nn.Sequential(
-            ConvBlock(3, widths[0]),
-            *(ConvBlock(i, o, stride=2) for i, o in zip(widths, widths[1:], strict=False)),
+            ConvBlock(3, widths[0]), *(ConvBlock(i, o, stride=2) for i, o in zip(widths, widths[1:], strict=False))
         )
         self.blocks = nn.Sequential(*(ResBlock(widths[-1], widths[-1]) for _ in range(blocks)))
 
@@ -73,39 +63,71 @@ class ConvEncoder(nn.Module):
         return torch.cat([maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))], dim=1)  # B D
 
 
-def TorchvisionEncoder(name: str, pretrained: bool = False) -> nn.Module:
-    """A classification network of torchvision without its classifier: B 3 S S -> B D.
+def encoder_names() -> list[str]:
+    """`conv` and the classification networks of torchvision."""
+    return ["conv", *torchvision.models.list_models(module=torchvision.models)]
 
-    It is the torchvision model itself, so its `state_dict` has the key names of that model.
-    Raises UsageError where the name is unknown or the pretrained weights cannot be had.
+
+def torchvision_encoder(name: str, pretrained: bool = False) -> nn.Module:
+    """A classification network of torchvision without its last layer: B 3 S S -> B D.
+
+    The last Linear and the dropouts before it in the same Sequential become identities, so `state_dict` keeps the key
+    names of the torchvision model. Raises UsageError if the network does not end in one Linear over the classes, or if
+    the pretrained weights cannot be downloaded.
     """
-    if name not in TORCHVISION:
-        raise UsageError(f"encoder {name!r} is unknown: use one of {', '.join(ENCODERS)}")
     try:
-        net = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None)
-    except OSError as error:
-        raise UsageError(
-            f"the pretrained weights of {name} are not in torch's cache and cannot be downloaded ({error}): "
-            "leave --pretrained out, or try again with a network"
-        ) from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        where = Path(torch.hub.get_dir(), "checkpoints")
-        raise UsageError(f"the pretrained weights of {name} in {where} are damaged; remove the file there") from error
-    head = getattr(net, TORCHVISION[name])
-    if isinstance(head, nn.Sequential):
-        net.out_features = head[-1].in_features
-        kept = [m for m in head[:-1] if not isinstance(m, nn.Dropout)]
-        setattr(net, TORCHVISION[name], nn.Sequential(*kept))
-    else:
-        net.out_features = head.in_features
-        setattr(net, TORCHVISION[name], nn.Identity())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of googlenet's and inception's initialisation
+            net = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None)
+    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        if not pretrained:
+            raise
+        problem = f"are not in torch's cache and cannot be downloaded ({error}): go without, or try with a network"
+        if not isinstance(error, OSError):
+            problem = f"in {Path(torch.hub.get_dir(), 'checkpoints')} are damaged; remove the file there"
+        raise UsageError(f"the pretrained weights of {name} {problem}") from error
+    heads = [path for path, m in net.named_modules() if isinstance(m, nn.Linear) and m.out_features == 1000]
+    if len(heads) != 1:
+        problem = f"has several outputs ({', '.join(heads)})" if heads else OTHER_HEAD
+        raise ValueProblem("encoder", name, f"{problem}; use another network")
+    parent, _, last = heads[0].rpartition(".")
+    parent = net.get_submodule(parent)
+    net.out_features = getattr(parent, last).in_features
+    setattr(parent, last, nn.Identity())
+    if isinstance(parent, nn.Sequential):
+        for child, module in parent.named_children():
+            if isinstance(module, nn.Dropout):
+                setattr(parent, child, nn.Identity())
     return net
 
 
-class DotDecoder(nn.Module):
-    """The plain dot product of the features. It is what one writes first, and it never learns: see the README."""
+def build_encoder(name: str, pretrained: bool = False, size: int | None = None) -> nn.Module:
+    """The encoder of that name, one of `encoder_names()`; `encoder.out_features` is D. Raises UsageError if the name is
+    unknown, if the network cannot be used as an encoder, or if it does not take views of `size` px (None: not
+    checked)."""
+    if name not in encoder_names():
+        close = ", ".join(difflib.get_close_matches(name, encoder_names(), 3) or ["resnet18"])
+        problem = f"is unknown: use conv, or a classification network of torchvision, such as {close}"
+        raise ValueProblem("encoder", name, problem)
+    encoder = ConvEncoder() if name == "conv" else torchvision_encoder(name, pretrained)
+    if size is not None:
+        try:
+            with torch.no_grad():
+                features = encoder.eval()(torch.zeros(1, 3, size, size))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            problem = f"is too small for the encoder {name}; {USUAL_SIZE} px fit all networks of torchvision"
+            if size > USUAL_SIZE:
+                problem = f"does not fit the encoder {name}, which takes views of {USUAL_SIZE} px only"
+            raise ValueProblem("size", size, problem) from error
+        if features.shape != (1, encoder.out_features):
+            raise ValueProblem("encoder", name, f"{OTHER_HEAD}; use another network")
+    return encoder.train()
 
-    def __init__(self, features: int, hidden: int = 0):
+
+class DotDecoder(nn.Module):
+    """The plain dot product of the features: what one writes first. With a squared error it never learns."""
+
+    def __init__(self, features: int):
         super().__init__()
 
     def forward(self, mixtures, asked, candidates):
@@ -113,10 +135,8 @@ class DotDecoder(nn.Module):
 
 
 class Projection(nn.Sequential):
-    """Linear (with `hidden`, an MLP), then each direction to mean 0 and variance 1 over the batch: R D -> R P.
-
-    The features are not negative, so without the centring all images point the same way.
-    """
+    """Linear (with `hidden`, an MLP), then each direction to mean 0 and variance 1 over the batch: R D -> R P. The
+    features are not negative, so without the centring all images point the same way."""
 
     def __init__(self, features: int, projection: int, hidden: int = 0):
         layers = []
@@ -133,10 +153,8 @@ class Projection(nn.Sequential):
 
 
 class CosineDecoder(nn.Module):
-    """The cosine of the projections over a temperature: a fixed one, or None: learned from 0.1 on.
-
-    Cosine over a temperature: SimCLR (Chen et al. 2020, section 2.1).
-    """
+    """The cosine of the projections over a temperature: a fixed one, or None: learned from 0.1 on. Cosine over a
+    temperature: SimCLR (Chen et al. 2020, section 2.1)."""
 
     def __init__(self, features: int, hidden: int = 0, projection: int = 256, temperature: float | None = None):
         super().__init__()
@@ -165,11 +183,11 @@ class MLPDecoder(nn.Module):
 
 
 class RidgeDecoder(nn.Module):
-    """Unmixing as one would do it by hand: the weights with which the candidates' projections come closest to the
-    mixture's, by least squares with a learned ridge; those that are not positive are near zero.
+    """Unmixing by hand: the weights with which the candidates' projections come closest to the mixture's.
 
-    Least squares on spectra is how a pixel is unmixed in remote sensing (Keshava & Mustard 2002); here the encoder
-    learns in which space it is right. Large ridge: dot products; none: exact where features are linear in the pixels.
+    Least squares with a learned ridge; solutions that are not positive become weights near zero. Pixels are unmixed
+    like this in remote sensing (Keshava & Mustard 2002); here the encoder learns the space in which it is right. With a
+    large ridge it is a dot product, with none it is exact where features are linear in the pixels.
     """
 
     def __init__(self, features: int, hidden: int = 0, projection: int = 256):
@@ -182,50 +200,53 @@ class RidgeDecoder(nn.Module):
     def forward(self, mixtures, asked, candidates):
         mixtures, asked = self.project(mixtures, asked)  # B P, A P
         with torch.autocast(mixtures.device.type, enabled=False):
-            B, n = candidates.shape
-            G = 1 if candidates.stride(0) == 0 else B  # one system for all mixtures where they share the candidates
-            rows = candidates[:G]
-            gram = (asked @ asked.T / asked.shape[1])[rows[:, :, None], rows[:, None]]  # G n n
+            A, n = len(asked), candidates.shape[1]
+            gram = asked @ asked.T / asked.shape[1]  # A A
+            products = mixtures @ asked.T / asked.shape[1]  # B A
             ridge = self.log_ridge.exp() * torch.eye(n, device=asked.device)
-            found = (mixtures @ asked.T / asked.shape[1]).gather(1, candidates)  # B n
-            weights = torch.linalg.solve_ex(gram + ridge, found.view(G, -1, n).mT)[0].mT.reshape(B, n)
-            x = self.log_sharpness.exp() * weights + self.offset
+            if n == A:  # all views are candidates of every mixture, in some order: one system for all
+                solution = torch.linalg.solve_ex(gram + ridge, products.T)[0].T.gather(1, candidates)  # B n
+            else:
+                gram = gram[candidates[:, :, None], candidates[:, None]]  # B n n
+                products = products.gather(1, candidates)[:, :, None]  # B n 1
+                solution = torch.linalg.solve_ex(gram + ridge, products)[0].squeeze(2)  # B n
+            x = self.log_sharpness.exp() * solution + self.offset
             # The log of softplus(x), which is x itself where x is very negative: so no weight is ever out of reach.
             return torch.where(x > -15, nn.functional.softplus(x.clamp(min=-15)).log(), x)  # B n
 
 
+DECODERS = {"ridge": RidgeDecoder, "cosine": CosineDecoder, "mlp": MLPDecoder, "dot": DotDecoder}
+
+
+def build_decoder(name: str, features: int, hidden: int = 0, temperature: float | None = None) -> nn.Module:
+    """The decoder of that name, one of DECODERS, on D = `features`; `hidden`: width of the projection's hidden layer, 0
+    without. Raises UsageError if the name is unknown, or if the decoder has no such setting."""
+    if name not in DECODERS:
+        raise UsageError(f"decoder {name!r} is unknown: use one of {', '.join(DECODERS)}")
+    if hidden and name == "dot":
+        raise ValueProblem("hidden", None, "is a layer of the projection, and the decoder dot has none")
+    if temperature is not None and name != "cosine":
+        raise ValueProblem("temperature", None, f"is of the decoder cosine; {name} has none")
+    settings = {"hidden": hidden or None, "temperature": temperature}
+    return DECODERS[name](features, **{name: value for name, value in settings.items() if value is not None})
+
+
 class Unmixer(nn.Module):
-    """The network that is trained: how much of each candidate is in each mixture?
+    """The network that is trained: how much of each candidate is in each mixture? mixtures B 3 S S, asked A 3 S S,
+    candidates B n int64 (rows of asked) -> logits B n, without the activation"""
 
-    mixtures B 3 S S, asked A 3 S S, candidates B n int64 (rows of asked) -> logits B n, without the activation
-
-    momentum  0, or: in training, what is asked about is encoded by a follower, the encoder's moving average with this
-              much of it kept in every step, without gradient (He et al. 2020, section 3.2, equation 2). It costs a
-              third of an encode with its gradient.
-    """
-
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, momentum: float = 0.0):
+    def __init__(self, encoder: nn.Module, decoder: nn.Module):
         super().__init__()
-        self.encoder, self.decoder, self.momentum = encoder, decoder, momentum
-        self.follower = copy.deepcopy(encoder).requires_grad_(False) if momentum else None
+        self.encoder, self.decoder = encoder, decoder
 
     def forward(self, mixtures, asked, candidates):
-        if self.training and self.follower:
-            with torch.no_grad():
-                pairs = zip(self.follower.parameters(), self.encoder.parameters(), strict=True)
-                torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), 1 - self.momentum)
-                (asked,) = encode(self.follower, asked)
-            (mixtures,) = encode(self.encoder, mixtures)
-        else:
-            mixtures, asked = encode(self.encoder, mixtures, asked)  # B D, A D  in one pass
+        mixtures, asked = encode(self.encoder, mixtures, asked)  # B D, A D  in one pass, over all ranks
         return self.decoder(mixtures, asked, candidates)  # B n
 
 
 class Classifier(nn.Module):
-    """A linear head on an encoder: B 3 S S -> logits B classes.
-
-    The features are standardised by their statistics first, as for a linear probe (He et al. 2022, appendix A.1).
-    """
+    """A linear head on an encoder: B 3 S S -> logits B classes. The features are standardised by their statistics
+    first, as for a linear probe (He et al. 2022, appendix A.1)."""
 
     def __init__(self, encoder: nn.Module, classes: int):
         super().__init__()
@@ -236,57 +257,18 @@ class Classifier(nn.Module):
         return self.head(*encode(self.encoder, views))  # B classes
 
 
-def build_encoder(name: str, pretrained: bool = False, size: int | None = None) -> nn.Module:
-    """The encoder of that name, one of ENCODERS; `encoder.out_features` is D.
-
-    Raises UsageError where the name is unknown, or where views of `size` px, if it is given, are too small for it.
-    """
-    encoder = ConvEncoder() if name == "conv" else TorchvisionEncoder(name, pretrained)
-    if size is not None:
-        try:
-            with torch.no_grad():
-                encoder.eval()(torch.zeros(1, 3, size, size))
-        except RuntimeError as error:
-            raise UsageError(f"--size {size} is too small for the encoder {name}; use 32 or more") from error
-    return encoder.train()
-
-
-def build_decoder(name: str, features: int, hidden: int = 0, temperature: float | None = None) -> nn.Module:
-    """The decoder of that name, one of DECODERS, on D = `features`.
-
-    hidden       width of the projection's hidden layer; 0: the projection is linear
-    temperature  of `cosine` alone, see there
-
-    Raises UsageError where the name is unknown, or a decoder is given what it does not have.
-    """
-    decoders = {"ridge": RidgeDecoder, "cosine": CosineDecoder, "mlp": MLPDecoder, "dot": DotDecoder}
-    if name not in decoders:
-        raise UsageError(f"decoder {name!r} is unknown: use one of {', '.join(decoders)}")
-    if hidden and name == "dot":
-        raise UsageError("--hidden is a layer of the projection, and --decoder dot has none")
-    if temperature is None:
-        return decoders[name](features, hidden)
-    if name != "cosine":
-        raise UsageError(f"--temperature is of --decoder cosine; {name} has none")
-    return CosineDecoder(features, hidden, temperature=temperature)
-
-
 def build_model(
     encoder: str,
     decoder: str,
     size: int,
     classes: int | None = None,
     pretrained: bool = False,
-    momentum: float = 0.0,
-    **comparison,
+    hidden: int = 0,
+    temperature: float | None = None,
 ) -> Unmixer | Classifier:
-    """The network for views of `size` px: an Unmixer, or with `classes` a Classifier, which has no decoder.
-
-    `momentum` is the `Unmixer`'s, and `comparison` are the options of `build_decoder`.
-
-    Raises UsageError where the views are too small for the encoder.
-    """
+    """The network for views of `size` px: an Unmixer, or with `classes` a Classifier, which has no decoder. For
+    `hidden` and `temperature` see `build_decoder`. Raises UsageError."""
     net = build_encoder(encoder, pretrained, size)
     if classes:
         return Classifier(net, classes)
-    return Unmixer(net, build_decoder(decoder, net.out_features, **comparison), momentum)
+    return Unmixer(net, build_decoder(decoder, net.out_features, hidden, temperature))

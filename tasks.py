@@ -1,96 +1,108 @@
 """Pretext tasks: each turns a batch of images into a question with its answer, on the device.
 
-task(images, rng)            -> question: what the network is shown, and the answer
-model(*question.inputs)      -> logits
-task.score(logits, question) -> {"loss": ..., ...}: scalars, still on the device
-task.validation()            -> the task that a run is validated with, whatever it trained with
-task.baselines()             -> {name: question -> scores}: what needs no network
+    task(images, rng)            -> question: what the network is shown, and the answer
+    model(*question.inputs)      -> logits
+    task.score(logits, question) -> {"loss": ..., ...}: scalars, still on the device
+    task.validation()            -> the task that a run is validated with, whatever it trained with
+    task.baselines()             -> {name: question -> scores}: what needs no network
+
+TASKS, at the end, has them by name. docs/runs.md shows how to add one.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.distributions import Beta, Distribution, Uniform
+from torch.distributions import Distribution, Uniform
 
-from augment import CROP, augment, box, send
-from errors import UsageError
+from augment import CROP, augment, box_view, send
+from harness.errors import UsageError, ValueProblem
 
-TASKS = ("mixup", "scale", "duplicate", "quadrant", "rotate")
 ACTIVATIONS = ("softmax", "sigmoid")
 LOSSES = ("kl", "mse")
 SMALLEST_WEIGHT = 1e-3
 
 
 class Question(NamedTuple):
-    """How much of each candidate is in the mixture? And the answer."""
+    """How much of each candidate is in each mixture? And the answer."""
 
     mixtures: torch.Tensor  # B 3 S S
     asked: torch.Tensor  # A 3 S S  the views that candidates refer to
-    candidates: torch.Tensor  # B n int64  rows of asked
+    candidates: torch.Tensor  # B n int64  rows of asked, all different
     weights: torch.Tensor  # B n  the answer; each row sums to one
 
     @property
     def inputs(self) -> tuple[torch.Tensor, ...]:
-        """What the network is shown."""
+        """The model's inputs."""
         return self.mixtures, self.asked, self.candidates
 
 
 class LabelQuestion(NamedTuple):
-    """Which class does the view belong to? And the answer."""
+    """Which class does each view belong to? And the answer."""
 
     views: torch.Tensor  # B 3 S S
     labels: torch.Tensor  # B int64
 
     @property
     def inputs(self) -> tuple[torch.Tensor, ...]:
-        """What the network is shown."""
+        """The model's inputs."""
         return (self.views,)
 
 
-class WeightTask:
-    """What tasks that ask for weights share: how an answer is scored. `classes` is None: an `Unmixer` answers.
+class Task:
+    """The base of all tasks."""
 
+    classes = None  # None: an `Unmixer` answers; a number: a linear head on the encoder, with as many logits
+    takes_labels = False  # whether it is called with labels, too
+
+    def validation(self) -> "Task":
+        """The task that a run is validated with: itself."""
+        return self
+
+
+class WeightTask(Task):
+    """The base of tasks that ask for weights.
+
+    size        side of a view, px
     activation  "softmax": the weights as a distribution; "sigmoid": each weight by itself
     loss        "kl": cross-entropy less the entropy of the truth; "mse": squared error
     """
 
-    classes = None
-    takes_labels = False
+    symmetric = False  # whether the loss asks the other way round too, see MixupTransform
 
     def __init__(self, size: int, activation: str, loss: str):
-        if activation not in ACTIVATIONS:
-            raise UsageError(f"activation {activation!r} is unknown: use one of {', '.join(ACTIVATIONS)}")
-        if loss not in LOSSES:
-            raise UsageError(f"loss {loss!r} is unknown: use one of {', '.join(LOSSES)}")
+        for name, value, known in ("activation", activation, ACTIVATIONS), ("loss", loss, LOSSES):
+            if value not in known:
+                raise UsageError(f"{name} {value!r} is unknown: use one of {', '.join(known)}")
         self.size, self.activation, self.loss = size, activation, loss
 
     def predict(self, logits: torch.Tensor) -> torch.Tensor:
         """logits B n -> predicted weights B n."""
         return logits.softmax(dim=1) if self.activation == "softmax" else logits.sigmoid()
 
-    def _logits(self, weights):
-        """Those that predict these weights."""
+    def logits_of(self, weights: torch.Tensor) -> torch.Tensor:
+        """Inverse of `predict`: weights B n -> logits B n."""
         return weights.log() if self.activation == "softmax" else weights.logit()
 
     def score(self, logits: torch.Tensor, question: Question) -> dict[str, torch.Tensor]:
         """Means over the batch: loss (0 when perfect), source_accuracy and weight_mae, both in [0, 1]."""
+        predicted, weights = self.predict(logits), question.weights  # B n
         if self.loss == "mse":
-            loss = (self.predict(logits) - question.weights).square().mean()
+            loss = (predicted - weights).square().mean()
         else:
-            loss = unmixing_loss(logits, question.weights, self.activation)
-        return {"loss": loss, **compare(self.predict(logits.detach()), question.weights)}
-
-    def validation(self) -> "WeightTask":
-        """The task itself."""
-        return self
+            loss = divergence(logits, weights, self.activation).mean()
+        if self.symmetric:  # B B: row i is a mixture, column j is image j
+            shares = weights.T / weights.sum(dim=0)[:, None]  # B B  of an image, over the mixtures
+            loss = (loss + divergence(logits.T, shares, "softmax").mean()) / 2
+        return {"loss": loss, **compare(predicted.detach(), weights)}
 
     def baselines(self) -> dict[str, Callable[[Question], dict[str, torch.Tensor]]]:
         """The uninformed guess, and least squares on the pixels."""
         return {
-            "chance": lambda q: self.score(self._logits(guess(q)), q) | {"source_accuracy": chance(q)},
+            "chance": lambda q: self.score(self.logits_of(guess(q)), q) | {"source_accuracy": chance(q)},
             "least squares on pixels": lambda q: compare(least_squares(q), q.weights),
         }
 
@@ -98,20 +110,17 @@ class WeightTask:
 class MixupTransform(WeightTask):
     """Mix every image of a batch with others of it, and ask how much of each candidate is in the mixture.
 
-    candidates  n >= 2, the k sources among n - k distractors in shuffled order; or "batch": every image of the batch
-    sources     k >= 1, images in a mixture, the first the example itself; k = 1: the mixture is one of the candidates
-    dist        the mixing distribution, any torch.distributions object with values in [0, 1].
+    candidates  n >= 2: the k sources among n - k distractors in shuffled order; "batch": every image of the batch
+    sources     k >= 1 images in a mixture, the first the example itself; k = 1: the mixture is one of the candidates
+    dist        the mixing distribution, any torch.distributions object with values in [0, 1]; None: uniform.
                 k = 2: weights w and 1 - w, w from dist; k > 2: stick-breaking, each source takes a share from dist of
                 what the ones before it left, the last takes the rest. Shares stay within [1e-3, 1 - 1e-3].
                 Mixing two images with a Beta weight: mixup (Zhang et al. 2018, section 2).
     views       the candidates show another view than the one that was mixed; else the very same pixels
     size        side of a view, px
-    pure        share of mixtures that hold the example alone, in [0, 1]
-    symmetric   ask the other way round too: how much of each mixture comes from this candidate? ("batch" only; there it
-                is the default with softmax and kl)
-    regions     share of the mixtures in which a box of one image is pasted into the other (CutMix, Yun et al. 2019),
-                its area being the weight; k = 2 only
-    contrast    ask about the seen views themselves as well, B more rows with a weight of one ("batch" only)
+    symmetric   ask the other way round too: how much of each mixture comes from this candidate? "batch" only; None:
+                yes with "batch", softmax and kl
+    contrast    ask about the unmixed views as well: B more rows with a weight of one; "batch" only
     crop        smallest share of an image that a view shows, in (0, 1]
     """
 
@@ -124,54 +133,40 @@ class MixupTransform(WeightTask):
         size: int = 32,
         activation: str = "softmax",
         loss: str = "kl",
-        pure: float = 0.0,
         symmetric: bool | None = None,
-        regions: float = 0.0,
         contrast: bool = False,
         crop: float = CROP,
     ):
         super().__init__(size, activation, loss)
         if sources < 1:
             raise UsageError(f"sources is {sources}: a mixture holds at least 1 image")
-        if candidates != "batch" and candidates < max(2, sources):
+        least = max(2, sources)
+        if candidates != "batch" and candidates < least:
             raise UsageError(
-                f"candidates is {candidates}: the {sources} sources are among them, so use {max(2, sources)} or more"
+                f"candidates is {candidates}: the {sources} sources are among them, so use {least} or more"
             )
-        if (symmetric or contrast) and candidates != "batch":
-            name = "symmetric" if symmetric else "contrast"
-            raise UsageError(f"--{name} needs every image of the batch among the candidates: add --candidates batch")
-        if regions and sources != 2:
-            raise UsageError(f"--regions pastes one image into another: it takes 2 --sources, not {sources}")
-        if symmetric and (activation, loss) != ("softmax", "kl"):
-            raise UsageError(
-                "--symmetric asks the other way round with softmax and kl alone; leave it out, or use those"
-            )
+        for name, given in (("symmetric", symmetric), ("contrast", contrast)):
+            if given and candidates != "batch":
+                raise ValueProblem(name, None, f"needs every image of the batch as candidates, not {candidates}")
+        softmax_kl = (activation, loss) == ("softmax", "kl")
+        if symmetric and not softmax_kl:
+            raise ValueProblem("symmetric", None, "asks the other way round with softmax and kl only; use those")
+        self.symmetric = candidates == "batch" and softmax_kl if symmetric is None else symmetric
         self.candidates, self.sources, self.views = candidates, sources, views
-        usual = candidates == "batch" and (activation, loss) == ("softmax", "kl")
-        self.symmetric = usual if symmetric is None else symmetric
-        self.pure, self.regions, self.contrast, self.crop = pure, regions, contrast, crop
+        self.contrast, self.crop = contrast, crop
         self.dist = dist if dist is not None else Uniform(0.0, 1.0)
 
     def __call__(self, images: torch.Tensor, rng: torch.Generator) -> Question:
-        """images B 3 H W uint8 -> Question; raises UsageError where the batch is smaller than the candidates."""
-        B, device = len(images), images.device
+        """images B 3 H W uint8 -> Question. Raises UsageError if the batch is smaller than the candidates."""
+        B, k, device = len(images), self.sources, images.device
         n = B if self.candidates == "batch" else self.candidates
-        if max(n, self.sources) > B:
-            raise UsageError(f"{max(n, self.sources)} candidates need as many images in a batch, and this one has {B}")
-        rows, drawn = self._draw(B, n, rng)
-        rows, weights = send(rows, device), send(drawn, device)
+        if max(n, k) > B:
+            raise UsageError(f"{max(n, k)} candidates need as many images in a batch, and this one has {B}")
+        rows, weights = (send(drawn, device) for drawn in self.draw(B, rng))  # B n (or B k), B k
 
         seen = augment(images, self.size, rng, self.crop)  # B 3 S S  the view that is mixed
-        asked = augment(images, self.size, rng, self.crop) if self.views else seen  # B 3 S S  what is asked about
-        k = self.sources
-        mixtures = sum(weights[:, j, None, None, None] * seen[rows[:, j]] for j in range(k))
-        if self.regions:
-            masks, areas = self._boxes(drawn[:, 1], rng)
-            pasted = (torch.rand(B, generator=rng) < self.regions) & (drawn[:, 1] > 0)
-            masks, areas, pasted = (send(t, device) for t in (masks, areas, pasted))
-            boxed = torch.where(masks[:, None], seen[rows[:, 1]], seen)
-            mixtures = torch.where(pasted[:, None, None, None], boxed, mixtures)
-            weights = torch.where(pasted[:, None], torch.stack([1 - areas, areas], dim=1), weights)
+        asked = augment(images, self.size, rng, self.crop) if self.views else seen  # B 3 S S  the view asked about
+        mixtures = sum(weights[:, j, None, None, None] * seen[rows[:, j]] for j in range(k))  # B 3 S S
 
         if self.candidates == "batch":
             candidates = torch.arange(B, device=device).expand(B, B)
@@ -185,9 +180,9 @@ class MixupTransform(WeightTask):
             answer = F.pad(weights, (0, n - k)).gather(1, order)
         return Question(mixtures, asked, candidates, answer)
 
-    def _draw(self, B: int, n: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(self, B: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of the batch, B n: the k sources, then the distractors ("batch": B k); the sources' weights, B k."""
-        width = self.sources if self.candidates == "batch" else n
+        width = self.sources if self.candidates == "batch" else self.candidates
         keys = torch.rand(B, B, generator=rng).fill_diagonal_(-1)  # the example itself comes first
         rows = keys.topk(width, dim=1, largest=False).indices
         left = torch.ones(B)
@@ -195,53 +190,34 @@ class MixupTransform(WeightTask):
         for share in sample(self.dist, (self.sources - 1, B), rng):
             weights.append(left * share.clamp(SMALLEST_WEIGHT, 1 - SMALLEST_WEIGHT))
             left = left - weights[-1]
-        weights = torch.stack([*weights, left], dim=1)  # B k
-        if self.pure:
-            alone = torch.rand(B, generator=rng) < self.pure
-            weights[alone] = torch.eye(self.sources)[0]
-        return rows, weights
-
-    def _boxes(self, areas, rng):
-        """Boxes of these shares of a view, as masks B S S, and the shares that they really have, B, less than all."""
-        S = self.size
-        aspect = (torch.rand(len(areas), generator=rng) * 2 - 1).mul(math.log(2)).exp().sqrt()
-        height = (areas.sqrt() * aspect * S).round().clamp(1, S)
-        width = (areas.sqrt() / aspect * S).round().clamp(1, S - 1)
-        top = (torch.rand(len(areas), generator=rng) * (S - height + 1)).floor()
-        left = (torch.rand(len(areas), generator=rng) * (S - width + 1)).floor()
-        line = torch.arange(S)
-        rows = (line >= top[:, None]) & (line < (top + height)[:, None])
-        columns = (line >= left[:, None]) & (line < (left + width)[:, None])
-        masks = rows[:, :, None] & columns[:, None]
-        return masks, masks.float().mean(dim=(1, 2))
-
-    def score(self, logits: torch.Tensor, question: Question) -> dict[str, torch.Tensor]:
-        """As of any weight task; `symmetric`: the loss is the mean of both directions'."""
-        scores = super().score(logits, question)
-        if self.symmetric:  # B B: row i, a mixture; column j, image j
-            shares = question.weights.T / question.weights.sum(dim=0)[:, None]
-            scores["loss"] = (scores["loss"] + unmixing_loss(logits.T, shares, "softmax")) / 2
-        return scores
+        return rows, torch.stack([*weights, left], dim=1)
 
     def validation(self) -> "MixupTransform":
-        """The question that is the same for every run, so that figures compare: two of three candidates, weights from
-        0.1 to 0.9. (A run on mixtures of one image is asked for that one among three.)"""
+        """The fixed question, the same for every run: two of three candidates (one of them if `sources` is 1), weights
+        from 0.1 to 0.9."""
         sources = min(2, self.sources)
         return MixupTransform(3, sources, Uniform(0.1, 0.9), self.views, self.size, self.activation, self.loss)
 
 
-class Scale(WeightTask):
-    """The easiest question about weights: the candidates are the image itself, scaled by the weights.
+class Duplicate(MixupTransform):
+    """Mixtures of one image: which candidate is it?"""
 
-    It takes no recognition at all, only an eye for contrast; a network that fails it is broken.
-    """
+    def __init__(self, candidates="batch", views=True, size=32, activation="softmax", loss="kl", crop=CROP):
+        super().__init__(candidates, 1, None, views, size, activation, loss, crop=crop)
+
+
+class Scale(WeightTask):
+    """The easiest question about weights: the candidates are the image itself, scaled by the weights. It takes no
+    recognition, only an eye for contrast. A network that fails it is broken."""
 
     def __init__(self, candidates: int = 3, size: int = 32, activation: str = "softmax", loss: str = "kl"):
         super().__init__(size, activation, loss)
+        if candidates == "batch":
+            raise ValueProblem("candidates", "batch", "is not for scale, which makes its own; give a number, such as 3")
         self.candidates = candidates
 
     def __call__(self, images: torch.Tensor, rng: torch.Generator) -> Question:
-        """images B 3 H W uint8 -> Question with B * n rows to ask about."""
+        """images B 3 H W uint8 -> Question with B * n views that candidates refer to."""
         B, n = len(images), self.candidates
         weights = send(torch.rand(B, n, generator=rng), images.device)
         weights = weights / weights.sum(dim=1, keepdim=True)
@@ -250,11 +226,10 @@ class Scale(WeightTask):
         return Question(seen, asked, torch.arange(B * n, device=images.device).view(B, n), weights)
 
 
-class LabelTask:
-    """What classification tasks share: a linear head on the encoder answers, with `classes` logits."""
+class LabelTask(Task):
+    """The base of classification tasks."""
 
     classes = 4
-    takes_labels = False
 
     def __init__(self, size: int = 32):
         self.size = size
@@ -264,16 +239,13 @@ class LabelTask:
         right = logits.detach().argmax(dim=1) == question.labels
         return {"loss": F.cross_entropy(logits, question.labels), "accuracy": right.float().mean()}
 
-    def validation(self) -> "LabelTask":
-        """The task itself."""
-        return self
-
     def baselines(self) -> dict[str, Callable[[LabelQuestion], dict[str, torch.Tensor]]]:
         """Chance."""
         n = self.classes
         return {"chance": lambda q: {"loss": torch.tensor(math.log(n)), "accuracy": torch.tensor(1 / n)}}
 
-    def _labels(self, images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    def draw_labels(self, images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+        """Random labels of a batch: B int64, on the device of the images."""
         return send(torch.randint(self.classes, (len(images),), generator=rng), images.device)
 
 
@@ -282,9 +254,9 @@ class Quadrant(LabelTask):
 
     def __call__(self, images: torch.Tensor, rng: torch.Generator) -> LabelQuestion:
         """images B 3 H W uint8 -> LabelQuestion."""
-        labels = self._labels(images, rng)
+        labels = self.draw_labels(images, rng)
         half = torch.full((len(images),), 0.5, device=images.device)
-        return LabelQuestion(box(images, labels % 2 * half, half, labels // 2 * half, half, self.size), labels)
+        return LabelQuestion(box_view(images, labels % 2 * half, half, labels // 2 * half, half, self.size), labels)
 
 
 class Rotate(LabelTask):
@@ -296,7 +268,7 @@ class Rotate(LabelTask):
 
     def __call__(self, images: torch.Tensor, rng: torch.Generator) -> LabelQuestion:
         """images B 3 H W uint8 -> LabelQuestion."""
-        labels = self._labels(images, rng)
+        labels = self.draw_labels(images, rng)
         views = augment(images, self.size, rng, self.crop)
         turned = torch.stack([views.rot90(turns, (2, 3)) for turns in range(self.classes)])  # 4 B 3 S S
         return LabelQuestion(turned[labels, torch.arange(len(images), device=images.device)], labels)
@@ -308,8 +280,8 @@ class Classify(LabelTask):
     Trained with the logits shifted by the log of the class prior, and answered without the shift, so that rare classes
     count as much as frequent ones: logit adjustment (Menon et al. 2021, equation 10).
 
-    counts  images of each class in the training set
-    size    side of a view, px; None where the encoder's features come in place of the images
+    counts  images of each class in the training set, C
+    size    side of a view, px; None if features come in place of images
     """
 
     takes_labels = True
@@ -327,32 +299,6 @@ class Classify(LabelTask):
         return super().score(logits + send(self.log_prior, logits.device), question)
 
 
-def build_task(
-    name: str,
-    candidates: int | str = "batch",
-    sources: int = 2,
-    views: bool = True,
-    size: int = 32,
-    activation: str = "softmax",
-    loss: str = "kl",
-    **mixing,
-) -> WeightTask | LabelTask:
-    """The task of that name, one of TASKS. Raises UsageError where the settings make no sense."""
-    beta = mixing.pop("beta", None)
-    if name in ("mixup", "duplicate"):
-        dist = Beta(beta, beta) if beta else None
-        return MixupTransform(
-            candidates, 1 if name == "duplicate" else sources, dist, views, size, activation, loss, **mixing
-        )
-    if name == "scale":
-        if candidates == "batch":
-            raise UsageError("--task scale makes its own candidates: give their number, such as --candidates 3")
-        return Scale(candidates, size, activation, loss)
-    if name not in TASKS:
-        raise UsageError(f"task {name!r} is unknown: use one of {', '.join(TASKS)}")
-    return Rotate(size, mixing.get("crop", CROP)) if name == "rotate" else Quadrant(size)
-
-
 def sample(dist: Distribution, shape: tuple[int, ...], rng: torch.Generator) -> torch.Tensor:
     """Draw from a torch distribution, which takes no generator, as if it took `rng`. The global state stays."""
     state = torch.get_rng_state()
@@ -363,17 +309,9 @@ def sample(dist: Distribution, shape: tuple[int, ...], rng: torch.Generator) -> 
         torch.set_rng_state(state)
 
 
-def unmixing_loss(logits: torch.Tensor, weights: torch.Tensor, activation: str) -> torch.Tensor:
-    """Mean of the divergence over the batch: a scalar in nats, 0 when perfect."""
-    return divergence(logits, weights, activation).mean()
-
-
 def divergence(logits: torch.Tensor, weights: torch.Tensor, activation: str) -> torch.Tensor:
-    """Cross-entropy of the predicted weights, less the entropy of the true ones: B, in nats, 0 when perfect.
-
-    That is the Kullback-Leibler divergence from the prediction to the truth; with "sigmoid", the sum of those of the
-    candidates, each a yes or no.
-    """
+    """Cross-entropy of the predicted weights, less the entropy of the true ones: B, in nats, 0 when perfect. That is
+    the Kullback-Leibler divergence; with "sigmoid", the sum over the candidates, each a yes or no."""
     if activation == "softmax":
         cross = -(weights * logits.log_softmax(dim=1)).sum(dim=1)  # B
         entropy = -torch.xlogy(weights, weights).sum(dim=1)
@@ -415,3 +353,11 @@ def chance(question: Question) -> torch.Tensor:
     n = question.weights.shape[1]
     shares = torch.tensor([1 / math.comb(n, k) for k in range(n + 1)], device=question.weights.device)
     return shares[(question.weights > 0).sum(dim=1)].mean()
+
+
+TASKS = {"mixup": MixupTransform, "scale": Scale, "duplicate": Duplicate, "quadrant": Quadrant, "rotate": Rotate}
+
+
+def settings_of(task: str) -> set[str]:
+    """The names of the settings that the task of this name takes."""
+    return set(inspect.signature(TASKS[task]).parameters)

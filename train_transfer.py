@@ -1,220 +1,362 @@
 """Transfer: classify with few labels, starting from pretrained encoders, and compare them with starting from scratch.
 
-    python train_transfer.py runs/NAME scratch --epochs 15 --runs 5         fine-tune both, five runs each
+    python train_transfer.py runs/NAME scratch --runs 5                     fine-tune both, five runs each
     python train_transfer.py runs/NAME scratch --mode linear                the encoder frozen, a linear classifier
     python train_transfer.py runs/NAME scratch --mode knn                   no training at all
-    python train_transfer.py --resume runs/NAME                             do what a stopped command left to do
+    python train_transfer.py --resume runs/NAME                             go on with a command that was stopped
 
-A START is a pretext run's folder, an encoder.pt, or the word `scratch` (the same network with random weights). Trained
-on every class of train/, validated on val/ at the last epoch. The folder gets settings.json, summary.json,
-predictions.csv and TensorBoard's curves, confusion matrices and most confident mistakes.
+A START is a pretext run's folder, an encoder.pt, or the word `scratch`: the same network with random weights. The
+protocol is fast.ai's Image网: train on every class of train/, validate on val/, which holds some of them only, at the
+last epoch. The classes of val/ have a tenth of the labels, so figures are corrected for the class prior; those without
+the correction stand beside them. The folder gets settings.json, summary.json, predictions.csv and what TensorBoard
+shows: curves, confusion matrices and the most confident mistakes.
 """
 
 import argparse
 import contextlib
-import csv
-import dataclasses
-import io
+import hashlib
 import itertools
+import json
+import operator
+import os
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
 
-import checkpoint
-import cli
-import distributed
-import options
-import transfer
-from data import open_images
-from engine import choose_amp, choose_device, device_name
-from errors import Stopped, UsageError
-from listing import list_data
-from models import build_encoder
-from pictures import draw_confusion, draw_sheet
-from report import Log
+from augment import whole_view
+from data import EpochOrder, Images, get_dataloaders, list_data, open_images
+from engine import AMP, DEVICES, Trainer, choose_amp, choose_device, device_name, encode_images, warm_up_norms
+from harness import checkpoint, command, files, folder, ranks
+from harness.errors import RunError, UsageError, ValueProblem
+from harness.log import Log
+from harness.pictures import draw_confusion, draw_sheet
+from models import Classifier, build_encoder
+from tasks import Classify
 
+MODES = ("finetune", "linear", "knn")
+NEIGHBOURS = 20
+WARM_UP_IMAGES = 256  # in a batch that warms up the statistics of a network from scratch
 MISTAKES = 24  # on the contact sheet
-COLUMNS = {
-    "accuracy": "all {classes} classes",
-    "accuracy_val_classes": "the {held} of val/",
-    "accuracy_uncorrected": "uncorrected",
+FIGURES = {  # name: (which of Answer's classes, title)
+    "accuracy": ("all_classes", "all {classes} classes"),
+    "accuracy_val_classes": ("val_classes", "the {held} of val/"),
+    "accuracy_uncorrected": ("uncorrected", "uncorrected"),
 }
 
 
 def parse() -> tuple[argparse.Namespace, dict | None]:
     """The command line -> settings, and the checkpoint to go on from, if any."""
-    parser = options.Parser(*__doc__.split("\n\n", 1))
-    parser.add_argument(
-        "starts", nargs="*", metavar="START", help="a pretext run's folder, an encoder.pt, or `scratch`"
-    )
-    group = parser.add_argument_group("images")
-    group.add_argument(
-        "--data", type=options.place, help="as in train_pretext.py (default: what the first START was pretrained on)"
-    )
-    options.add_data_dir(group)
-    group.add_argument("--encoder", help="of `scratch` (default: that of the first START, else conv)")
-    group.add_argument(
-        "--size", type=options.whole(8, 1024), help="side of a view, px (default: that of the first START)"
-    )
-    group = options.add_loop_options(parser)
-    group.add_argument("--mode", choices=transfer.MODES, default="finetune", help="what is trained")
-    group.add_argument("--epochs", type=options.whole(1), default=5, help="passes over the labelled images")
-    group.add_argument("--runs", type=options.whole(1), default=1, help="repetitions, with seeds --seed, --seed + 1, …")
-    group.add_argument("--batch-size", type=options.whole(2), default=64, help="images in a step")
-    group.add_argument(
-        "--encoder-rate",
-        type=options.share,
-        default=0.5,
-        help="finetune: learning rate of the encoder, as a share of --lr",
-    )
-    group.add_argument(
-        "--freeze", type=options.whole(0), default=5, help="finetune: epochs for the head alone before the others"
-    )
-    options.add_resume_options(options.add_run_options(parser))
+    integer = command.integer
+    parser = command.Parser(__doc__)
+    start = "a pretext run's folder, an encoder.pt, or `scratch`"
+    parser.add_argument("starts", nargs="*", metavar="START", help=start)
+    add = parser.add_argument_group("images").add_argument
+    add("--data", type=command.place, help="as in train_pretext.py (default: that of the first START)")
+    add("--data-dir", type=command.place, default="data", help="folder for data sets by name, and for decoded images")
+    add("--encoder", help="of `scratch` (default: that of the first START, else conv)")
+    add("--size", type=integer(8, 1024), help="side of a view, px (default: that of the first START)")
+    add = parser.add_argument_group("training").add_argument
+    add("--mode", choices=MODES, default="finetune", help="what is trained")
+    add("--epochs", type=integer(1), default=5, help="passes over the labelled images")
+    add("--runs", type=integer(1), default=1, help="repetitions, with seeds --seed, --seed + 1, …")
+    add("--batch-size", type=integer(2), default=64, help="images in a step")
+    add("--lr", type=command.rate, default=1e-3, help="peak learning rate of AdamW")
+    add("--encoder-rate", type=command.share, default=0.5, help="finetune: the encoder's, as a share of --lr")
+    add("--freeze", type=integer(0), default=5, help="finetune: epochs for the head alone before the others")
+    add("--seed", type=integer(0, 2**32 - 1), default=0, help="fixes all that is random")
+    add("--device", choices=DEVICES, default="auto", help="where to compute; auto: a GPU if there is one")
+    add("--amp", choices=AMP, default="auto", help="bf16; auto: on GPUs that have it, not on CPUs")
+    add = parser.add_argument_group("results").add_argument
+    add("--out", type=command.place, help="the run's folder (default: runs/transfer-MODE-DATA-ENCODER-TIME)")
+    add("--overwrite", action="store_true", help="replace the run that --out holds")
+    add("--resume", type=command.place, metavar="FOLDER", help="go on with the run in this folder (default: a new run)")
     args = parser.parse_args()
-    saved = cli.resume(parser, args, {"device"})
+    saved = folder.resume(parser, args, {"device"})
     if args.mode != "finetune":
-        why = f"is of --mode finetune; --mode {args.mode} has no use for it"
-        options.refuse(parser, {"encoder_rate", "freeze"}, why)
+        parser.refuse({"encoder_rate", "freeze"}, f"is of --mode finetune; --mode {args.mode} has no use for it")
     if not args.starts:
-        raise UsageError("no START is given: name a pretext run's folder, an encoder.pt, or `scratch`")
+        raise UsageError(f"no START is given: name {start}")
     if "scratch" not in args.starts:
-        options.refuse(
-            parser, {"encoder"}, "is of `scratch`, which is none of the STARTs; leave it out, or add that one"
-        )
+        parser.refuse({"encoder"}, "is of `scratch`, which is none of the STARTs; leave it out, or add that one")
     return args, saved
 
 
 def main() -> None:
     """Assemble, train, report."""
     args, saved = parse()
-    distributed.alone()
+    ranks.refuse_several()
     device = choose_device(args.device)
     amp = choose_amp(args.amp, device)
     starts = open_starts(args)
-    folder = Path(args.resume) if args.resume else cli.choose_folder(args, f"transfer-{args.mode}")
-    data = open_labelled(args)
+    place = folder.choose(args, f"transfer-{args.mode}")
+    data = open_labelled(args.data, args.size, args.data_dir)
     runs = saved["runs"] if saved else []
-    state = {
-        "script": "train_transfer",
-        "settings": vars(args),
-        "data": data.images.identity(),
-        "starts": {start.name: start.fingerprint() for start in starts},
-    }
-    if saved and any(saved[name] != state[name] for name in ("data", "starts")):
-        what = "the data" if saved["data"] != state["data"] else "a START"
-        raise UsageError(f"--resume {args.resume}: {what} is another than it was; start a new run")
-    cli.make_folder(folder, args, device_name(device))
+    state = {"script": "train_transfer", "format": folder.FORMAT, "settings": vars(args)}
+    state |= {"data": data.images.identity(), "starts": {start.name: start.digest for start in starts}}
+    for name, what in ("data", "the data"), ("starts", "a START"):
+        if saved and saved[name] != state[name]:
+            raise UsageError(f"--resume {args.resume}: {what} is another than it was; start a new run")
+    folder.make(place, args, device_name(device))
     print(data.images.describe())
-    print(
-        f"{args.mode}: training on {len(data.train)} images of {len(data.counts)} classes, validating on "
-        f"{len(data.val)} of {len(data.held)}; {device_name(device)}{', bf16' if amp else ''}"
-    )
-    names = {field.name for field in dataclasses.fields(transfer.Recipe)}
-    recipe = transfer.Recipe(**{k: v for k, v in vars(args).items() if k in names} | {"device": device, "amp": amp})
-    for file in folder.glob("events.out.tfevents.*"):
-        file.unlink()  # what is done is shown again
-    checkpoint.save_last({**state, "runs": runs}, folder)
-    with contextlib.closing(Log(folder)) as log, cli.Interrupts() as interrupts:
-        log.text("settings", (folder / "settings.json").read_text())
-        for done in runs:
-            show(done, data, log)
+    counts = f"training on {len(data.train)} images of {len(data.counts)} classes, validating on {len(data.val)}"
+    print(f"{args.mode}: {counts} of {len(data.held)}; {device_name(device)}{', bf16' if amp else ''}")
+    recipe = argparse.Namespace(**vars(args) | {"device": device, "amp": amp})
+    for file in place.glob("events.out.tfevents.*"):
+        file.unlink()  # finished runs are logged again
+    checkpoint.save_last({**state, "runs": runs}, place)
+    with contextlib.closing(Log(place)) as log, command.Interrupts() as interrupts:
+        log.text("settings", (place / "settings.json").read_text())
+        for run in runs:
+            show(run, data, log)
 
         def after_step():
             if interrupts.signal:
-                raise Stopped(
-                    "stopped; the run that was under way will be done again; "
-                    f"go on with: python train_transfer.py --resume {folder}",
-                    interrupts.signal,
-                )
+                go_on = f"go on with: python train_transfer.py --resume {place}"
+                raise RunError(f"stopped; the run that was under way will be done again; {go_on}", interrupts.signal)
 
         for seed, start in itertools.product(range(args.seed, args.seed + args.runs), starts):
-            if not any((done["start"], done["seed"]) == (start.name, seed) for done in runs):
-                runs.append(run(start, data, recipe, seed, after_step))
+            if not any((run["start"], run["seed"]) == (start.name, seed) for run in runs):
+                runs.append(run_once(start, data, recipe, seed, after_step))
                 show(runs[-1], data, log)
-                checkpoint.save_last({**state, "runs": runs}, folder)
+                checkpoint.save_last({**state, "runs": runs}, place)
                 after_step()
-    of = {start.name: [done for done in runs if done["start"] == start.name] for start in starts}
-    summary = {name: summarise(args, mine, device) for name, mine in of.items()}
-    checkpoint.write(folder / "predictions.csv", lambda stream: write_predictions(stream, runs, data))
-    checkpoint.save_json(summary, folder / "summary.json")
-    print_summary(args, summary, data, folder)
+    summary = {start.name: summarise(args, [r for r in runs if r["start"] == start.name], device) for start in starts}
+    files.write_csv(predictions(runs, data), place / "predictions.csv")
+    files.write_json(summary, place / "summary.json")
+    print_summary(args, summary, data, place)
 
 
-def open_starts(args: argparse.Namespace) -> list[transfer.Start]:
-    """The starts, and in `args` what follows from them: data, encoder and size."""
-    pretrained = {word: transfer.open_start(word) for word in args.starts if word != "scratch"}
-    first = next(iter(pretrained.values()), transfer.Start("scratch", "conv", 32, "photos", None))
+@dataclass
+class Start:
+    """Where a classifier starts from."""
+
+    name: str  # as it was given
+    encoder: str  # one of models.encoder_names()
+    size: int  # side of a view, px
+    data: str  # what it was pretrained on
+    state: dict | None = None  # the encoder's weights; None: random ones
+    digest: str = ""  # of the file that holds the weights
+
+    def build(self, seed: int) -> nn.Module:
+        """The encoder, with `out_features`; from scratch its weights depend on the seed."""
+        torch.manual_seed(seed)
+        encoder = build_encoder(self.encoder)
+        if self.state is not None:
+            encoder.load_state_dict(self.state)
+        return encoder
+
+
+def open_start(word: str) -> Start:
+    """A pretext run's folder, or an `encoder.pt` with its `settings.json` beside it -> Start. Raises UsageError."""
+    file = Path(word, "encoder.pt") if Path(word).is_dir() else Path(word)
+    if not file.is_file():
+        what = "holds no encoder.pt; did its run end?" if Path(word).is_dir() else "is not there"
+        raise UsageError(f"{word} {what} (a start is a pretext run's folder, an encoder.pt, or `scratch`)")
+    settings_file = file.parent / "settings.json"
+    try:
+        settings = json.loads(settings_file.read_text())["settings"]
+        start = Start(word, settings["encoder"], operator.index(settings["size"]), os.fspath(settings["data"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"does not say how {file.name} was trained ({type(error).__name__}: {error})"
+        raise UsageError(f"{settings_file} {problem}; keep the two files of a run together") from error
+    start.state, start.digest = checkpoint.load(file), hashlib.sha256(file.read_bytes()).hexdigest()
+    encoder = build_encoder(start.encoder)
+    checkpoint.load_weights(encoder, start.state, f"{file}, an encoder {start.encoder!r} by its settings,")
+    return start
+
+
+def open_starts(args: argparse.Namespace) -> list[Start]:
+    """The starts. What follows from them, data, encoder and size, is noted in `args`."""
+    pretrained = {word: open_start(word) for word in args.starts if word != "scratch"}
+    first = next(iter(pretrained.values()), Start("scratch", "conv", 32, "photos"))
     args.data, args.encoder, args.size = args.data or first.data, args.encoder or first.encoder, args.size or first.size
-    scratch = transfer.Start("scratch", args.encoder, args.size, args.data, None)
+    scratch = Start("scratch", args.encoder, args.size, args.data)
     starts = [pretrained.get(word, scratch) for word in dict.fromkeys(args.starts)]
     for encoder in {start.encoder for start in starts}:
-        build_encoder(encoder, size=args.size)  # what does not fit is said before anything is decoded
+        build_encoder(encoder, size=args.size)  # a wrong size is refused before anything is decoded
     return starts
 
 
-def open_labelled(args: argparse.Namespace) -> transfer.Labelled:
-    """The labelled images. Raises UsageError where there are none, too few, or none of a class."""
-    listing = list_data(args.data, args.data_dir)
+@dataclass
+class Labelled:
+    """A labelled data set and its rows to train on and to validate on."""
+
+    images: Images
+    train: list[int]
+    val: list[int]
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """Training images of each class: C."""
+        return self.images.labels[self.train].bincount(minlength=len(self.images.listing.classes))
+
+    @property
+    def held(self) -> torch.Tensor:
+        """The classes of the validation images, sorted: H."""
+        return self.images.labels[self.val].unique()
+
+
+def open_labelled(data: str, size: int, data_dir: str) -> Labelled:
+    """The labelled images. Raises UsageError if there are none, too few, or none of a class."""
+    listing = list_data(data, data_dir)
     if not listing.classes:
-        raise UsageError(
-            f"--data {args.data} has no labels; transfer needs train/CLASS/ and val/CLASS/ in it, or `--data photos`"
+        raise ValueProblem(
+            "data", data, "has no labels; transfer needs train/CLASS/ and val/CLASS/ in it, or use photos"
         )
-    images = open_images(listing, args.size, args.data_dir)
-    data = transfer.Labelled(images, images.rows("train"), images.rows("val"))
-    for name, count in zip(listing.classes, data.counts.tolist(), strict=True):
+    images = open_images(listing, size, data_dir)
+    labelled = Labelled(images, images.rows("train"), images.rows("val"))
+    for name, count in zip(listing.classes, labelled.counts.tolist(), strict=True):
         if not count:
-            raise UsageError(f"--data {args.data}: no usable image in train/{name}/; add some, or remove the class")
-    if len(data.train) < 2:
-        raise UsageError(f"--data {args.data}: one image in train/ is too few; give two or more")
-    return data
+            raise ValueProblem("data", data, f": no usable image in train/{name}/; add some, or remove the class")
+    if len(labelled.train) < 2:
+        raise ValueProblem("data", data, ": one image in train/ is too few; give two or more")
+    return labelled
 
 
-def run(start: transfer.Start, data: transfer.Labelled, recipe: transfer.Recipe, seed: int, after_step) -> dict:
-    """One run of one start -> what a checkpoint keeps of it. `after_step()` is called after every step."""
+@dataclass
+class Answer:
+    """The predicted class of each of M validation images, M int64, in three ways, and the confidence."""
+
+    all_classes: torch.Tensor  # among all classes, corrected for the class prior
+    uncorrected: torch.Tensor  # among all classes, not corrected
+    val_classes: torch.Tensor  # among the classes of the validation images
+    confidence: torch.Tensor  # M float  of the first, in [0, 1]
+
+    def accuracies(self, labels: torch.Tensor) -> dict[str, float]:
+        """The shares of right predictions by name: labels M."""
+        return {name: (vars(self)[way] == labels).float().mean().item() for name, (way, _) in FIGURES.items()}
+
+
+def classify(
+    start: Start,
+    data: Labelled,
+    recipe: argparse.Namespace,
+    seed: int,
+    report: Callable,
+    after_step: Callable | None = None,
+) -> Answer:
+    """One run. `report(epoch, means)` is called after every epoch of training, counted from 1.
+
+    recipe  the options mode, size, epochs, batch_size, lr, encoder_rate, freeze; a torch device; amp, whether in bf16
+    """
+    pixels, labels = data.images.pixels, data.images.labels
+    encoder = start.build(seed).to(recipe.device, memory_format=torch.channels_last)
+    if start.state is None:
+        batches = min(10, max(1, len(data.train) // 2))  # of two images at least
+        parts = (
+            torch.from_numpy(pixels[data.train[i::batches][:WARM_UP_IMAGES]]).to(recipe.device) for i in range(batches)
+        )
+        warm_up_norms(encoder, ((whole_view(images, recipe.size),) for images in parts), recipe.amp)
+    model = Classifier(encoder, len(data.counts)).to(recipe.device)
+    look = recipe.size, recipe.device, recipe.amp
+    if recipe.mode != "finetune" or recipe.freeze:
+        train, val = (encode_images(encoder, pixels, rows, *look) for rows in (data.train, data.val))  # N D, M D
+        if recipe.mode == "knn":
+            return knn(train, labels[data.train], val, data.counts, data.held)
+        order = EpochOrder(len(train), min(recipe.batch_size, len(train)), seed)
+        loader = DataLoader(TensorDataset(train, labels[data.train]), batch_sampler=order)
+        linear = recipe.mode == "linear"
+        epochs, heard = (recipe.epochs, report) if linear else (recipe.freeze, lambda epoch, means: None)
+        fit(model.head, Classify(data.counts, None), loader, recipe, epochs, seed, False, heard, after_step)
+        if linear:
+            with torch.no_grad():
+                logits = model.head.eval()(val.to(recipe.device)).cpu()
+            return answer_of(logits, data)
+    batch_size = min(recipe.batch_size, len(data.train))
+    loader, _ = get_dataloaders(data.images, data.train, data.val, batch_size, seed, recipe.device)
+    task = Classify(data.counts, recipe.size)
+    fit(model, task, loader, recipe, recipe.epochs, seed, recipe.amp, report, after_step)
+    return answer_of(encode_images(model, pixels, data.val, *look), data)
+
+
+def fit(model, task, loader, recipe: argparse.Namespace, epochs: int, seed: int, amp: bool, report, after_step) -> None:
+    """Train a Classifier on images, or a linear head on features."""
+    rates = {"lr": recipe.lr, "encoder_rate": recipe.encoder_rate}
+    trainer = Trainer(model, task, steps=epochs * len(loader), seed=seed, device=recipe.device, amp=amp, **rates)
+    total = epochs * len(loader) * loader.batch_sampler.batch_size
+    with tqdm(total=total, unit="image", unit_scale=True, leave=False, disable=None) as bar:
+        for epoch in range(epochs):
+            report(epoch + 1, trainer.train_epoch(loader, epoch, bar, after_step))
+
+
+def answer_of(logits: torch.Tensor, data: Labelled) -> Answer:
+    """The answers of a classifier that was trained with the prior's shift: logits M C."""
+    shifted = logits + (data.counts / data.counts.sum()).log()
+    within = data.held[logits[:, data.held].argmax(dim=1)]
+    return Answer(logits.argmax(dim=1), shifted.argmax(dim=1), within, logits.softmax(dim=1).amax(dim=1))
+
+
+def knn(
+    train: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, counts: torch.Tensor, held: torch.Tensor
+) -> Answer:
+    """The classes of most of the 20 nearest training images, by the cosine of their features.
+
+    A vote counts by the inverse of how frequent its class is in training. For the classes of the validation images,
+    neighbours are searched among the training images of these classes.
+
+    train N D with labels N, queries M D, counts C (training images of each class), held H (classes of the queries)
+    """
+    frequency = counts.clamp(min=1)
+    votes = _votes(train, labels, queries, len(counts))  # M C
+    corrected = votes / frequency
+    among = torch.isin(labels, held)
+    within = _votes(train[among], labels[among], queries, len(counts)) / frequency
+    confidence = (corrected / corrected.sum(dim=1, keepdim=True)).amax(dim=1)
+    return Answer(corrected.argmax(dim=1), votes.argmax(dim=1), within.argmax(dim=1), confidence)
+
+
+def _votes(train, labels, queries, classes):
+    """M C  the votes that each class gets; a vote weighs a little less the farther away it is, which settles ties."""
+    similarity = F.normalize(queries, dim=1) @ F.normalize(train, dim=1).T  # M N
+    near = similarity.topk(min(NEIGHBOURS, len(train)), dim=1).indices  # M k
+    weight = 1 - 1e-3 * torch.arange(near.shape[1])
+    return torch.zeros(len(queries), classes).scatter_add_(1, labels[near], weight.expand(near.shape))
+
+
+def run_once(start: Start, data: Labelled, recipe: argparse.Namespace, seed: int, after_step: Callable) -> dict:
+    """One run of one start, as a checkpoint keeps it. `after_step()` is called after every step."""
     clock, curve = time.perf_counter(), []
-    answer = transfer.classify(start, data, recipe, seed, lambda *epoch: curve.append(epoch), after_step)
+    answer = classify(start, data, recipe, seed, lambda *epoch: curve.append(epoch), after_step)
     accuracies = answer.accuracies(data.images.labels[data.val])
-    said = ", ".join(f"{title(name, data)} {value:.1%}" for name, value in accuracies.items())
-    print(f"{start.name}, seed {seed}: {said}")
-    return {
-        "start": start.name,
-        "seed": seed,
-        "seconds": time.perf_counter() - clock,
-        "answer": vars(answer),
-        "curve": curve,
-        "accuracies": accuracies,
-    }
+    figures = ", ".join(f"{title(name, data)} {value:.1%}" for name, value in accuracies.items())
+    print(f"{start.name}, seed {seed}: {figures}")
+    run = {"start": start.name, "seed": seed, "seconds": time.perf_counter() - clock}
+    return {**run, "answer": vars(answer), "curve": curve, "accuracies": accuracies}
 
 
-def title(name: str, data: transfer.Labelled) -> str:
+def title(name: str, data: Labelled) -> str:
     """What a figure is called in print."""
-    return COLUMNS[name].format(classes=len(data.counts), held=len(data.held))
+    return FIGURES[name][1].format(classes=len(data.counts), held=len(data.held))
 
 
-def show(done: dict, data: transfer.Labelled, log: Log) -> None:
+def show(run: dict, data: Labelled, log: Log) -> None:
     """The curves and pictures of a run, in TensorBoard."""
-    for epoch, means in done["curve"]:
-        log.scalars(epoch, {f"{done['start']}/seed {done['seed']} {name}": value for name, value in means.items()})
-    answer, labels = transfer.Answer(**done["answer"]), data.images.labels[data.val]
-    classes, step = data.images.listing.classes, done["seed"]
-    log.picture(f"confusion/{done['start']}", draw_confusion(answer.all_classes, labels, classes), step)
+    for epoch, means in run["curve"]:
+        log.scalars(None, epoch, {f"{run['start']}/seed {run['seed']} {name}": v for name, v in means.items()})
+    answer, labels = Answer(**run["answer"]), data.images.labels[data.val]
+    classes, step = data.images.listing.classes, run["seed"]
+    log.picture(None, f"confusion/{run['start']}", draw_confusion(answer.all_classes, labels, classes), step)
     wrong = (answer.all_classes != labels).nonzero().squeeze(1)
     wrong = wrong[answer.confidence[wrong].argsort(descending=True)][:MISTAKES]
-    captions = [
-        (f"said {classes[answer.all_classes[i]]} {answer.confidence[i]:.0%}", f"is {classes[labels[i]]}") for i in wrong
-    ]
+    said = [f"said {classes[answer.all_classes[i]]} {answer.confidence[i]:.0%}" for i in wrong]
+    captions = [(text, f"is {classes[labels[i]]}") for text, i in zip(said, wrong, strict=True)]
     pixels = data.images.pixels[[data.val[i] for i in wrong]]
-    log.picture(f"mistakes/{done['start']}", draw_sheet(pixels, captions), step)
+    log.picture(None, f"mistakes/{run['start']}", draw_sheet(pixels, captions), step)
 
 
 def summarise(args: argparse.Namespace, runs: list[dict], device: torch.device) -> dict:
     """The runs of one start, in figures."""
     summary = {"data": args.data, "mode": args.mode, "epochs": args.epochs, "runs": args.runs}
-    for name in COLUMNS:
+    for name in FIGURES:
         values = [run["accuracies"][name] for run in runs]
         summary[f"{name}_mean"] = statistics.mean(values)
         summary[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
@@ -222,37 +364,34 @@ def summarise(args: argparse.Namespace, runs: list[dict], device: torch.device) 
     return {**summary, "seconds": sum(run["seconds"] for run in runs), "device": device_name(device)}
 
 
-def write_predictions(stream: BinaryIO, runs: list[dict], data: transfer.Labelled) -> None:
-    """What every validation image was taken for, a line for each run and image."""
+def predictions(runs: list[dict], data: Labelled) -> Iterator[list]:
+    """The rows of predictions.csv: a header, then what every run took each validation image for."""
     classes, labels = data.images.listing.classes, data.images.labels[data.val]
-    text = io.TextIOWrapper(stream, "utf-8", errors="backslashreplace", newline="", write_through=True)
-    rows = csv.writer(text)
-    rows.writerow(["start", "seed", "path", "class", *COLUMNS])
+    yield ["start", "seed", "path", "class", *FIGURES]
     for run in runs:
-        ways = [run["answer"][way].tolist() for way in ("all_classes", "val_classes", "uncorrected")]
-        for row, label, *said in zip(data.val, labels.tolist(), *ways, strict=True):
+        ways = [run["answer"][way].tolist() for way, _ in FIGURES.values()]
+        for row, label, *predicted in zip(data.val, labels.tolist(), *ways, strict=True):
             path = data.images.listing.entries[row].path
-            rows.writerow([run["start"], run["seed"], path, classes[label], *(classes[c] for c in said)])
-    text.detach()
+            yield [run["start"], run["seed"], path, classes[label], *(classes[c] for c in predicted)]
 
 
-def print_summary(args: argparse.Namespace, summary: dict, data: transfer.Labelled, folder: Path) -> None:
+def print_summary(args: argparse.Namespace, summary: dict, data: Labelled, place: Path) -> None:
     """The table, and where to look."""
-    titles = [title(name, data) for name in COLUMNS]
     width = max(len("START"), *map(len, summary)) + 2
-    print(f"\n{'START':{width}}" + "".join(f"{words:>20}" for words in titles) + f"{'time':>14}")
-    for name, row in summary.items():
+    print(f"\n{'START':{width}}" + "".join(f"{title(name, data):>20}" for name in FIGURES) + f"{'time':>14}")
+    for start, row in summary.items():
         cells = []
-        for column in COLUMNS:
-            spread = row[f"{column}_std"]
-            cells.append(f"{row[f'{column}_mean']:.1%}" + ("" if spread is None else f" ± {spread:.1%}"))
-        print(f"{name:{width}}" + "".join(f"{cell:>20}" for cell in cells) + f"{cli.duration(row['seconds']):>14}")
+        for name in FIGURES:
+            spread = row[f"{name}_std"]
+            cells.append(f"{row[f'{name}_mean']:.1%}" + ("" if spread is None else f" ± {spread:.1%}"))
+        took = timedelta(seconds=round(row["seconds"]))
+        print(f"{start:{width}}" + "".join(f"{cell:>20}" for cell in cells) + f"{took!s:>14}")
     print(f"top-1 on {len(data.val)} images of val/" + (f", mean ± std of {args.runs} runs" if args.runs > 1 else ""))
-    print(f"\nlook at it   tensorboard --logdir {folder.parent}")
-    print(f"results      {folder}/summary.json, predictions.csv")
+    print(f"\nlook at it   tensorboard --logdir {place.parent}")
+    print(f"results      {place}/summary.json, predictions.csv")
     if "scratch" not in summary:
         print("compare      add the word `scratch` to the starts")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command.run(main)

@@ -1,4 +1,4 @@
-"""Pretrain the same encoder with the methods that people use instead: heads and losses of the package lightly.
+"""Pretrain the same encoder with SimCLR or SwAV: heads and losses of the package lightly.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/peers.py simclr --epochs 100 --data FOLDER --out runs/simclr
@@ -6,7 +6,7 @@
     python benchmarks/peers.py --resume runs/swav
     python train_transfer.py runs/simclr runs/swav scratch
 
-Everything else is this project's own: data, split, views, encoder, loop, optimiser, schedule and seeds.
+Everything else is as in train_pretext.py: data, split, views, encoder, loop, optimiser, schedule and seeds.
 """
 
 import argparse
@@ -22,15 +22,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoint
-import cli
-import distributed
-import options
 from augment import CROP, augment
-from data import check_same, get_dataloaders, open_pretext
-from engine import Trainer, choose_amp, choose_device, device_name
-from errors import UsageError
-from models import ENCODERS, build_encoder
+from data import get_dataloaders, open_pretext
+from engine import AMP, DEVICES, Trainer, choose_amp, choose_device, device_name
+from harness import checkpoint, command, folder, ranks
+from harness.download import ARCHIVES
+from harness.errors import UsageError
+from harness.files import write_json
+from models import build_encoder
 
 try:
     from lightly.loss import NTXentLoss, SwaVLoss
@@ -54,7 +53,7 @@ class TwoViews(NamedTuple):
 
 
 class Agree:
-    """The peers' task: what the network says of two views of an image should agree."""
+    """The task of both methods: the outputs for two views of an image, P each, should agree. `loss(first, second)`."""
 
     takes_labels = False
 
@@ -98,85 +97,94 @@ class SwAV(nn.Module):
             return self.prototypes(nn.functional.normalize(self.head(features.float()), dim=1))
 
 
-def main() -> None:
-    """Assemble, train, save."""
-    parser = options.Parser(*__doc__.split("\n\n", 1))
-    parser.add_argument("method", nargs="?", help=" or ".join(METHODS))
-    options.add_data_options(parser)
-    group = parser.add_argument_group("network")
-    group.add_argument("--encoder", choices=ENCODERS, default="conv", help="what is kept")
-    group.add_argument("--width", type=options.whole(1), default=512, help="hidden width of the head")
-    group.add_argument("--temperature", type=options.positive, help="of the loss (default: simclr 0.5, swav 0.1)")
-    group.add_argument("--prototypes", type=options.whole(2), default=512, help="swav: how many")
-    group = options.add_loop_options(parser)
-    group.add_argument("--epochs", type=options.whole(1), default=50, help="passes over the images")
-    group.add_argument("--batch-size", type=options.whole(2), default=64, help="images in a step")
-    options.add_crop(group)
-    options.add_resume_options(options.add_run_options(parser))
+def parse() -> tuple[argparse.Namespace, dict | None]:
+    """The command line -> settings, and the checkpoint to go on from, if any."""
+    parser = command.Parser(__doc__)
+    which = f"{' or '.join(METHODS)} (default: that of --resume)"
+    parser.add_argument("method", nargs="?", default=[], help=which)  # [] is "not given" for the parser
+    add = parser.add_argument_group("images").add_argument
+    names = ", ".join(ARCHIVES)
+    add("--data", type=command.place, default="photos", help=f"`photos` (bundled), a folder, or {names}: fetched")
+    add("--data-dir", type=command.place, default="data", help="folder for data sets by name, and for decoded images")
+    add("--size", type=command.integer(8, 1024), default=32, help="side of a view, px")
+    add("--crop", type=command.crop, default=CROP, help="smallest share of an image in a view, give or take its aspect")
+    add = parser.add_argument_group("network").add_argument
+    add("--encoder", default="conv", help="what is kept: conv, or a classification network of torchvision by name")
+    add("--width", type=command.integer(1), default=512, help="width of the head's hidden layer")
+    add("--temperature", type=command.positive, help="of the loss (default: simclr 0.5, swav 0.1)")
+    add("--prototypes", type=command.integer(2), default=512, help="swav: how many")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=command.integer(1), default=50, help="passes over the images")
+    add("--batch-size", type=command.integer(2), default=64, help="images in a step")
+    add("--lr", type=command.rate, default=1e-3, help="peak learning rate of AdamW")
+    add("--seed", type=command.integer(0, 2**32 - 1), default=0, help="fixes all that is random")
+    add("--device", choices=DEVICES, default="auto", help="where to compute; auto: a GPU if there is one")
+    add("--amp", choices=AMP, default="auto", help="bf16; auto: on GPUs that have it, not on CPUs")
+    add = parser.add_argument_group("results").add_argument
+    add("--out", type=command.place, help="the run's folder (default: runs/METHOD-DATA-ENCODER-TIME)")
+    add("--overwrite", action="store_true", help="replace the run that --out holds")
+    add("--resume", type=command.place, metavar="FOLDER", help="go on with the run in this folder (default: a new run)")
     args = parser.parse_args()
     if NTXentLoss is None:
-        raise UsageError("the package lightly is missing: pip install -r benchmarks/requirements.txt")
-    saved = cli.resume(parser, args, {"device"})
+        raise UsageError("lightly is not installed: pip install -r benchmarks/requirements.txt")
+    saved = folder.resume(parser, args, {"device"})
     if args.method not in METHODS:
         raise UsageError(f"give a method: {' or '.join(METHODS)}")
     if args.method != "swav":
-        options.refuse(parser, {"prototypes"}, f"is of swav; {args.method} has no use for it")
-    distributed.alone()
-    train(args, saved)
+        parser.refuse({"prototypes"}, f"is of swav; {args.method} has no use for it")
+    return args, saved
 
 
-def train(args: argparse.Namespace, saved: dict | None) -> None:
-    """One run, or the rest of it."""
-    device = choose_device(args.device)
-    amp = choose_amp(args.amp, device)
-    folder = Path(args.resume) if args.resume else cli.choose_folder(args, args.method)
-    images, rows, val = open_pretext(args.data, args.size, args.data_dir, args.batch_size)
-    torch.manual_seed(args.seed)
+def make_model(args: argparse.Namespace) -> tuple[nn.Module, Agree]:
+    """The network and its task. Raises UsageError if there is no such encoder, or if the views are too small for it."""
     encoder = build_encoder(args.encoder, size=args.size)
     if args.method == "simclr":
-        model, loss = SimCLR(encoder, args.width), NTXentLoss(args.temperature or 0.5)
-    else:
-        swav = SwaVLoss(args.temperature or 0.1)
-        model, loss = SwAV(encoder, args.width, args.prototypes), lambda a, b: swav([a, b], []).squeeze()
+        return SimCLR(encoder, args.width), Agree(args.size, NTXentLoss(args.temperature or 0.5), args.crop)
+    swav = SwaVLoss(args.temperature or 0.1)
+    model = SwAV(encoder, args.width, args.prototypes)
+    return model, Agree(args.size, lambda first, second: swav([first, second], []).squeeze(), args.crop)
+
+
+def main() -> None:
+    """Assemble, train, save."""
+    args, saved = parse()
+    ranks.refuse_several()
+    device = choose_device(args.device)
+    amp = choose_amp(args.amp, device)
+    torch.manual_seed(args.seed)
+    model, task = make_model(args)
+    place = folder.choose(args, args.method)
+    images, rows, val = open_pretext(args.data, args.size, args.data_dir, args.batch_size)
     loader, _ = get_dataloaders(images, rows, val, args.batch_size, args.seed, device)
     steps = args.epochs * len(loader)
-    task = Agree(args.size, loss, args.crop)
     trainer = Trainer(model, task, lr=args.lr, steps=steps, seed=args.seed, device=device, amp=amp)
-    identity, speeds, means = images.identity(), [], {}  # images/s of every epoch, figures of the last one
+    run = {"script": "peers", "format": folder.FORMAT, "settings": vars(args), "data": images.identity()}
+    speeds, means = [], {}  # images/s of every epoch, figures of the last one
     if saved:
-        check_same(saved["data"], identity, args.resume)
-        checkpoint.fit(model, saved["model"], f"the checkpoint in {folder}")
+        folder.check_same(saved["data"], run["data"], args.resume)
+        checkpoint.load_weights(model, saved["model"], f"the checkpoint in {place}")
         trainer.restore(saved)
         speeds, means = saved["speeds"], saved["means"]
-    cli.make_folder(folder, args, device_name(device))
+    folder.make(place, args, device_name(device))
     print(images.describe())
     print(f"{args.method}: training on {len(rows)} images; {device_name(device)}{', bf16' if amp else ''}")
-    seen = len(loader) * args.batch_size  # images an epoch
-    bar = tqdm(total=args.epochs * seen, initial=len(speeds) * seen, unit="image", unit_scale=True, disable=None)
-    with bar:
+    epoch_images = len(loader) * args.batch_size
+    total, done = args.epochs * epoch_images, len(speeds) * epoch_images
+    with tqdm(total=total, initial=done, unit="image", unit_scale=True, disable=None) as bar:
         for epoch in range(len(speeds), args.epochs):
             clock = time.perf_counter()
             means = trainer.train_epoch(loader, epoch, bar)
-            speeds.append(seen / (time.perf_counter() - clock))
-            kept = {"data": identity, "speeds": speeds, "means": means}
-            checkpoint.save_last({**trainer.state(), **kept, "script": "peers", "settings": vars(args)}, folder)
+            speeds.append(epoch_images / (time.perf_counter() - clock))
+            checkpoint.save_last({**trainer.state(), **run, "speeds": speeds, "means": means}, place)
             tqdm.write(f"epoch {epoch + 1}/{args.epochs}: training loss {means['loss']:.3f}; {speeds[-1]:.0f} images/s")
-    checkpoint.save(encoder.state_dict(), folder / "encoder.pt")
-    summary = {
-        "data": args.data,
-        "method": args.method,
-        "epochs": args.epochs,
-        "train_images": len(rows),
-        "loss": means["loss"],
-        "images_per_second": statistics.median(speeds),
-        "seconds": sum(seen / speed for speed in speeds),
-        "device": device_name(device),
-        "amp": "bf16" if amp else "off",
-        "seed": args.seed,
-    }
-    checkpoint.save_json(summary, folder / "summary.json")
-    print(f"results      {folder}/summary.json, encoder.pt\nnext         python train_transfer.py {folder} scratch")
+    checkpoint.save(model.encoder.state_dict(), place / "encoder.pt")
+    summary = {name: getattr(args, name) for name in ("data", "method", "epochs", "seed")}
+    summary |= {"device": device_name(device), "amp": "bf16" if amp else "off", "train_images": len(rows)}
+    summary |= {"images_per_second": statistics.median(speeds), "loss": means["loss"]}
+    summary["seconds"] = sum(epoch_images / speed for speed in speeds)
+    write_json(summary, place / "summary.json")
+    print(f"results      {place}/summary.json, encoder.pt\nnext         python train_transfer.py {place} scratch")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command.run(main)

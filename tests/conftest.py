@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-import photos
 from data import open_pretext
+from harness import bundled
 
 ROOT = Path(__file__).parent.parent
 
@@ -17,9 +17,9 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="session")
 def patches():
     """64 real patches of the bundled photographs, 64 px, as Pillow images: four of each class."""
-    listed = [path for path, split, _ in photos.list_patches() if split == "train"]
-    chosen = [path for name in sorted(photos.PHOTOS) for path in [p for p in listed if f"/{name}/" in p][:4]]
-    return [Image.fromarray(photos.load_patch(path, 64)) for path in chosen]
+    listed = [path for path, split, _ in bundled.list_patches() if split == "train"]
+    chosen = [path for name in sorted(bundled.PHOTOS) for path in [p for p in listed if f"/{name}/" in p][:4]]
+    return [Image.fromarray(bundled.load_patch(path, 64)) for path in chosen]
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 import torch
 
-from augment import MEAN, STD, augment, generator, to_pixels, whole
+from augment import MEAN, STD, augment, generator, to_pixels, whole_view
 
 
 def test_views_depend_on_the_key_alone(batch):
@@ -39,9 +39,9 @@ def test_a_view_stays_within_the_image(batch):
 def test_resizing_does_not_alias():
     """The finest checkerboard is grey at half the size, not black or white."""
     board = (torch.arange(64)[:, None] + torch.arange(64)) % 2 * 255
-    view = whole(board.to(torch.uint8).expand(1, 3, 64, 64), 32) * STD[:, None, None] + MEAN[:, None, None]
+    view = whole_view(board.to(torch.uint8).expand(1, 3, 64, 64), 32) * STD[:, None, None] + MEAN[:, None, None]
     assert (view - 0.5).abs().max() < 0.02
 
 
 def test_whole_is_the_image_and_to_pixels_undoes_the_normalisation(batch):
-    assert torch.equal(to_pixels(whole(batch, 64)), batch)
+    assert torch.equal(to_pixels(whole_view(batch, 64)), batch)

@@ -4,8 +4,8 @@ import pickle
 import pytest
 import torch
 
-import checkpoint
-from errors import UsageError
+from harness import checkpoint, files
+from harness.errors import UsageError
 
 
 def test_what_is_saved_is_loaded_without_executing_anything(tmp_path):
@@ -64,9 +64,9 @@ def test_what_differs_is_listed():
     state["2.weight"] = state.pop("1.weight")
     message = "this is of another network: missing: 1.weight; unknown: 2.weight; of another shape: 0.weight 3x2 for 5x2"
     with pytest.raises(UsageError, match=message):
-        checkpoint.fit(torch.nn.Sequential(torch.nn.Linear(2, 5), torch.nn.Linear(5, 4)), state, "this")
+        checkpoint.load_weights(torch.nn.Sequential(torch.nn.Linear(2, 5), torch.nn.Linear(5, 4)), state, "this")
     with pytest.raises(UsageError, match="this holds no weights"):
-        checkpoint.fit(torch.nn.Linear(2, 5), {"epoch": 1}, "this")
+        checkpoint.load_weights(torch.nn.Linear(2, 5), {"epoch": 1}, "this")
 
 
 def test_killed_between_two_renames(tmp_path):
@@ -91,11 +91,11 @@ def test_a_damaged_checkpoint_does_not_replace_the_good_one(tmp_path):
 
 
 def test_a_lock_is_held_by_one(tmp_path):
-    held = checkpoint.lock(tmp_path / "lock")
+    held = files.lock(tmp_path / "lock")
     with pytest.raises(BlockingIOError):
-        checkpoint.lock(tmp_path / "lock")
+        files.lock(tmp_path / "lock")
     held.close()
-    checkpoint.lock(tmp_path / "lock").close()
+    files.lock(tmp_path / "lock").close()
 
 
 def test_nothing_is_thrown_away_where_no_checkpoint_can_be_used(tmp_path):

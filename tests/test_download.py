@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-import download
-from download import EASY, HARD, Archive, fetch
-from errors import RunError, UsageError
+from harness import download
+from harness.download import EASY, HARD, Archive, fetch
+from harness.errors import RunError, UsageError
 
 NAME = "imagewang-160"
 
@@ -92,7 +92,8 @@ def _offer(server, monkeypatch, content, name):
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix != ".lock"]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 def unpacked(files: dict[str, bytes]) -> dict[str, bytes]:
@@ -105,7 +106,7 @@ def test_a_good_download_is_found_without_network_afterwards(server, good, tmp_p
     server.behaviour = "error"
     assert fetch(NAME, tmp_path / "data") == folder
     assert server.asked == (None,)
-    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == [NAME, f"{NAME}.tgz"]
+    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == [f".{NAME}.lock", NAME, f"{NAME}.tgz"]
 
 
 def test_a_connection_that_drops_is_taken_up_where_it_ended(server, good, tmp_path):
@@ -193,13 +194,16 @@ def device(name):
 
 FILE = {f"{NAME}/train/ant/1.JPEG": b"x"}
 HOSTILE = {
-    "climbs": (make_tar({**FILE, f"{NAME}/../../evil": b"x"}), "points outside"),
-    "climbs at once": (make_tar({**FILE, "../evil": b"x"}), "points outside"),
-    "absolute": (make_tar({**FILE, "/tmp/unmix-evil": b"x"}), "points outside"),
-    "symbolic link": (make_tar(FILE, link(f"{NAME}/train/out", "/tmp")), "link or device"),
-    "hard link": (make_tar(FILE, link(f"{NAME}/train/out", "/etc/passwd", tarfile.LNKTYPE)), "link or device"),
-    "device": (make_tar(FILE, device(f"{NAME}/train/null")), "link or device"),
-    "pipe": (make_tar(FILE, link(f"{NAME}/train/pipe", "", tarfile.FIFOTYPE)), "link or device"),
+    "climbs": (make_tar({**FILE, f"{NAME}/../../evil": b"x"}), "outside the destination"),
+    "climbs at once": (make_tar({**FILE, "../evil": b"x"}), "outside the destination"),
+    "absolute": (make_tar({**FILE, "/tmp/unmix-evil": b"x"}), "no such data set"),
+    "symbolic link": (make_tar(FILE, link(f"{NAME}/train/out", "/tmp")), "is refused: .*absolute path"),
+    "hard link": (
+        make_tar(FILE, link(f"{NAME}/train/out", "/etc/passwd", tarfile.LNKTYPE)),
+        "is refused: .*absolute path",
+    ),
+    "device": (make_tar(FILE, device(f"{NAME}/train/null")), "is refused: .*special file"),
+    "pipe": (make_tar(FILE, link(f"{NAME}/train/pipe", "", tarfile.FIFOTYPE)), "is refused: .*special file"),
     "bomb": (make_tar({**FILE, f"{NAME}/train/ant/2.JPEG": bytes(2**23)}), "unpacks to over"),
     "bomb behind the end": (make_tar(FILE) + gzip.compress(bytes(2**23)), "unpacks to over"),
     "twice": (make_tar({**FILE, f"{NAME}/train/ant/1.JPEG/x": b"y"}), "twice"),
@@ -226,16 +230,16 @@ def test_hostile_archives_are_refused_and_write_nothing_outside(server, tmp_path
 
 def test_a_half_unpacked_folder_is_never_taken_for_the_data_set(server, good, tmp_path, monkeypatch):
     written = []
-    copy = download.shutil.copyfileobj
+    copy = tarfile.copyfileobj
 
-    def killed(stream, out, length):
+    def killed(*args):
         if len(written) == 5:
             os._exit(9)
-        written.append(copy(stream, out, length))
+        written.append(copy(*args))
 
     child = os.fork()
     if not child:
-        monkeypatch.setattr(download.shutil, "copyfileobj", killed)
+        monkeypatch.setattr(tarfile, "copyfileobj", killed)
         try:
             fetch(NAME, tmp_path)
         finally:
@@ -256,7 +260,7 @@ def test_what_stands_where_the_data_set_belongs(server, good, tmp_path, what):
 
 def test_a_data_dir_that_is_a_file(tmp_path):
     (tmp_path / "data").write_text("x")
-    with pytest.raises(UsageError, match="--data-dir"):
+    with pytest.raises(UsageError, match="data_dir .* cannot be used"):
         fetch(NAME, tmp_path / "data")
 
 
@@ -278,7 +282,9 @@ def test_a_full_disk(server, small_disk, room):
     (small_disk / "ballast").write_bytes(bytes(200 * 1024 - int(room * len(content)) - 8192))
     with pytest.raises(RunError, match="is full.*free some"):
         fetch(NAME, small_disk)
-    assert {p.name for p in small_disk.iterdir()} == {"ballast"} | ({f"{NAME}.tgz"} if room > 1 else set())
+    assert {p.name for p in small_disk.iterdir() if p.suffix != ".lock"} == {"ballast"} | (
+        {f"{NAME}.tgz"} if room > 1 else set()
+    )
 
 
 def make_zip(images: int) -> bytes:
@@ -346,6 +352,15 @@ def test_a_network_that_fails_for_a_moment(server, good, tmp_path, monkeypatch):
 
     monkeypatch.setattr(download.urllib.request, "urlopen", flaky)
     assert tree(fetch(NAME, tmp_path)) == unpacked(good[1])
+
+
+def test_the_lock_stays_the_same_file(server, tmp_path):
+    """If the first run removed it, a third one would lock a new file while the second still holds the old one."""
+    lock = tmp_path / f".{NAME}.lock"
+    lock.touch()
+    before = lock.stat().st_ino
+    fetch(NAME, tmp_path)
+    assert lock.stat().st_ino == before
 
 
 def test_two_runs_that_fetch_at_once(server, good, tmp_path):

@@ -1,6 +1,7 @@
 """Hostile and damaged input, full disks, long runs."""
 
 import io
+import json
 import os
 import resource
 import struct
@@ -15,8 +16,11 @@ from PIL import Image
 from test_download import small_disk  # noqa: F401
 from test_resume import same, weights, whole  # noqa: F401
 
-import listing
+import data
 from data import open_images
+from harness import checkpoint
+from harness.decode import decode
+from models import ConvEncoder
 
 
 def png_that_claims(width, height):
@@ -58,7 +62,7 @@ def test_damaged_images_among_good_ones(tmp_path, patches):
         ending, content = damaged(i, patches)
         names.append(f"bad-{i}{ending}")
         (root / names[-1]).write_bytes(content)
-    words = [ROOT / "data.py", root, "--data-dir", tmp_path / "data", "--out", tmp_path / "out"]
+    words = [ROOT / "inspect_data.py", root, "--data-dir", tmp_path / "data", "--out", tmp_path / "out"]
     program = (
         "import resource, runpy, sys\n"
         "sys.argv = sys.argv[1:]\n"
@@ -79,17 +83,17 @@ def test_damaged_images_among_good_ones(tmp_path, patches):
     assert "40 images" in end.stdout and "500 unreadable" in end.stdout
     assert int(end.stdout.split("grown ")[1].split()[0]) < 300_000
 
-    images = open_images(listing.list_data(str(root)), 16, tmp_path / "other")
+    images = open_images(data.list_data(str(root)), 16, tmp_path / "other")
     assert {path for path, _ in images.listing.skipped} == set(names)
     assert all(why and "\n" not in why for _, why in images.listing.skipped)
 
 
 def test_a_large_image_is_decoded_at_a_reduced_scale_and_an_absurd_one_is_refused(tmp_path):
     Image.new("RGB", (4000, 3000), "red").save(tmp_path / "large.jpg")
-    assert listing.decode(tmp_path / "large.jpg", 32).shape == (32, 32, 3)
+    assert decode(tmp_path / "large.jpg", 32).shape == (32, 32, 3)
     (tmp_path / "absurd.png").write_bytes(png_that_claims(12_000, 11_000))
     with pytest.raises(ValueError, match="12000 x 11000 px; at most 67 million"):
-        listing.decode(tmp_path / "absurd.png", 32)
+        decode(tmp_path / "absurd.png", 32)
 
 
 def test_a_disk_that_fills_up_during_the_run(script, cache, whole, small_disk, monkeypatch):  # noqa: F811
@@ -109,11 +113,6 @@ def test_a_disk_that_fills_up_during_the_run(script, cache, whole, small_disk, m
 
 
 def test_an_encoder_of_another_width(script, tmp_path, cache):
-    import json
-
-    import checkpoint
-    from models import ConvEncoder
-
     (tmp_path / "start").mkdir()
     checkpoint.save(ConvEncoder((16, 32, 64, 128)).state_dict(), tmp_path / "start" / "encoder.pt")
     settings = {"settings": {"encoder": "conv", "size": 16, "data": "photos"}}

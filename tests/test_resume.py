@@ -1,6 +1,8 @@
 """A run that was stopped goes on as if it never was; what stops it loses nothing."""
 
 import csv
+import errno
+import json
 import os
 import random
 import shutil
@@ -16,9 +18,9 @@ import torch
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import checkpoint
+from harness import checkpoint
 
-CLOCKS = ("images_per_second", "memory_mb", "logging_seconds")  # what no run repeats
+CLOCKS = ("training_images_per_second", "training_memory_mb", "logging_seconds")  # what no run repeats
 QUICK = ("--epochs", 3, "--size", 16, "--batch-size", 256)
 
 
@@ -37,11 +39,13 @@ def history(folder):
 def no_step_twice(folder, epochs):
     rows = history(folder)
     assert [row["epoch"] for row in rows] == [str(epoch) for epoch in range(1, epochs + 1)]
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
-    for curve in [name for name in events.Tags()["scalars"] if not name.startswith("summary/")]:
-        steps = [event.step for event in events.Scalars(curve) if event.step > 0]
-        assert steps == list(range(1, epochs + 1)), curve
-    assert [event.step for event in events.Images("1 validation")] == list(range(1, epochs + 1))
+    for subrun in ("train", "val", "chance"):
+        events = EventAccumulator(str(folder / subrun), size_guidance={"scalars": 0, "images": 0}).Reload()
+        for curve in events.Tags()["scalars"]:
+            steps = [event.step for event in events.Scalars(curve) if event.step > 0]
+            assert steps == list(range(1, epochs + 1)), (subrun, curve)
+        if subrun == "val":
+            assert [event.step for event in events.Images("mixtures/validation")] == list(range(1, epochs + 1))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +101,7 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(script, cache, whole, stop_
     end = script("train_pretext.py", "--resume", "run")
     assert end.status == 0, end.err
     assert same(weights("run"), weights(whole))
-    no_step_twice("run", 3)
+    no_step_twice(Path("run"), 3)
     mine, theirs = (history(folder) for folder in ("run", whole))
     for row, other in zip(mine, theirs, strict=True):
         assert {k: v for k, v in row.items() if k not in CLOCKS} == {k: v for k, v in other.items() if k not in CLOCKS}
@@ -145,10 +149,13 @@ def test_killed_at_twenty_moments(cache, tmp_path):
 
 
 def test_the_projector_shows_features_of_before_and_after(script, stopped):
-    end = script("train_pretext.py", "--resume", stopped)
-    assert end.status == 0, end.err
-    shown = (stopped / "projector_config.pbtxt").read_text()
-    assert shown.count("features-0/tensors.tsv") == shown.count("features-3/tensors.tsv") == 1
+    for epochs in (3, 4):
+        end = script("train_pretext.py", "--resume", stopped, "--epochs", epochs)
+        assert end.status == 0, end.err
+    for subrun, epoch in (("before", 0), ("after", 4)):
+        shown = (stopped / subrun / "projector_config.pbtxt").read_text()
+        assert shown.count("tensor_path") == 1 and f"0000{epoch}/features/tensors.tsv" in shown
+        assert [folder.name for folder in (stopped / subrun).glob("0*")] == [f"0000{epoch}"]
 
 
 def test_more_epochs_go_on_from_a_complete_run(script, cache):
@@ -157,7 +164,7 @@ def test_more_epochs_go_on_from_a_complete_run(script, cache):
     assert end.status == 2 and "has all of its 1 epochs" in end.err
     end = script("train_pretext.py", "--resume", "run", "--epochs", 2)
     assert end.status == 0, end.err
-    no_step_twice("run", 2)
+    no_step_twice(Path("run"), 2)
     assert Path("run/settings.json").exists() and Path("run/settings.resumed-1.json").exists()
 
 
@@ -223,6 +230,17 @@ def test_another_network(script, stopped):
     assert "missing: encoder.convs.0.0.weight; unknown: encoder.extra" in end.err
 
 
+def test_a_run_of_an_older_version_is_refused_with_its_commit(script, stopped):
+    state = checkpoint.load(stopped / "checkpoint.pt")
+    del state["format"]
+    checkpoint.save(state, stopped / "checkpoint.pt")
+    settings = json.loads((stopped / "settings.json").read_text()) | {"revision": "0123456789abcdef"}
+    (stopped / "settings.json").write_text(json.dumps(settings))
+    end = script("train_pretext.py", "--resume", stopped)
+    assert end.status == 2 and end.err.count("\n") == 1
+    assert "an older version made this run (commit 0123456789ab); resume it with that one" in end.err
+
+
 @pytest.mark.parametrize("case, message", [("nowhere", "no such folder"), ("empty", "nothing to resume")])
 def test_nothing_to_resume(script, case, message):
     Path("empty").mkdir()
@@ -270,6 +288,19 @@ def test_a_run_folder_that_is_removed(script, cache, whole, before_step):
     end = script("train_pretext.py", "--resume", rescued)
     assert end.status == 0, end.err
     assert same(weights(rescued), weights(whole))
+
+
+def test_data_that_cannot_be_read_is_not_taken_for_a_folder_that_cannot_be_written_to(script, cache, monkeypatch):
+    from data import ImageDataset
+
+    def lost(self, rows):
+        raise OSError(errno.EIO, "Input/output error", "photos.cache")
+
+    monkeypatch.setattr(ImageDataset, "collate", lost)
+    end = script("train_pretext.py", *QUICK, "--data-dir", cache, "--out", "run")
+    assert end.status == 1 and end.err.count("\n") == 1
+    assert "photos.cache: Input/output error" in end.err and "cannot be written to" not in end.err
+    assert not list(Path().glob("unmix-rescue-*"))
 
 
 def test_a_cache_that_is_removed_during_the_run(script, cache, whole, before_step):

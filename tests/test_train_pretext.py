@@ -12,9 +12,11 @@ import torch
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import cli
+from harness import command
 from models import ConvEncoder
+from tasks import MixupTransform
 
+FIGURES = {"curves/loss": "loss", "curves/sources named right": "source_accuracy", "curves/weight error": "weight_mae"}
 QUICK = ("--epochs", 2, "--size", 16, "--batch-size", 256)
 SUMMARY = {
     "data", "task", "epochs", "train_images", "val_images", "val_loss", "val_source_accuracy", "val_weight_mae",
@@ -36,6 +38,10 @@ def read(folder):
     return json.loads((folder / "summary.json").read_text())
 
 
+def events(folder):
+    return EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+
+
 def figures(folder):
     return {name: v for name, v in read(folder).items() if name not in ("seconds", "images_per_second")}
 
@@ -47,23 +53,27 @@ def test_a_run_leaves_everything_that_is_promised(pretext):
     assert summary.keys() >= SUMMARY
     assert (summary["data"], summary["task"], summary["epochs"], summary["seed"]) == ("photos", "mixup", 2, 0)
     assert summary["train_images"] + summary["val_images"] == 2176 and summary["val_images"] == 218
-    # the run's question is the fixed one's kind
-    assert summary["own_question"] is False and not [name for name in summary if name.startswith("val_own")]
 
     rows = list(csv.DictReader((folder / "history.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert float(rows[-1]["val_loss"]) == summary["val_loss"]
 
-    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
-    for curve, name in {
-        "loss/train": "train_loss", "loss/val": "val_loss", "source_accuracy/train": "train_source_accuracy",
-        "source_accuracy/val": "val_source_accuracy", "weight_mae/train": "train_weight_mae",
-        "weight_mae/val": "val_weight_mae", "training/learning_rate": "learning_rate",
-        "training/gradient_norm": "gradient_norm", "training/images_per_second": "images_per_second",
-    }.items():  # fmt: skip
-        points = {e.step: e.value for e in events.Scalars(curve) if e.step > 0}
-        assert points == pytest.approx({int(row["epoch"]): float(row[name]) for row in rows}, rel=1e-5), curve
-    assert [image.step for image in events.Images("1 validation")] == [1, 2]
+    # Training, validation and chance have curves of the same name, which share a chart.
+    for subrun in ("train", "val", "chance"):
+        curves = events(folder / subrun)
+        for tag, name in FIGURES.items():
+            points = {e.step: e.value for e in curves.Scalars(tag) if e.step > 0}
+            if subrun == "chance":
+                expected = {1: summary["references"]["chance"][name], 2: summary["references"]["chance"][name]}
+            else:
+                expected = {int(row["epoch"]): float(row[f"{subrun}_{name}"]) for row in rows}
+            assert points == pytest.approx(expected, rel=1e-5), (subrun, tag)
+    for name in ("loss", "learning_rate", "gradient_norm", "images_per_second", "memory_mb"):
+        points = [e.value for e in events(folder / "train").Scalars(f"training/{name}")]
+        assert points == pytest.approx([float(row[f"training_{name}"]) for row in rows], rel=1e-5), name
+    val = events(folder / "val")
+    assert [image.step for image in val.Images("mixtures/validation")] == [1, 2]
+    assert all(1.2 < e.width / e.height < 2 for e in val.Images("mixtures/hardest"))  # landscape
 
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert state.keys() >= {"model", "optimizer", "schedule", "history", "settings"}
@@ -83,23 +93,14 @@ def test_a_run_leaves_everything_that_is_promised(pretext):
     assert f"{right:.1%} ± {100 * math.sqrt(right * (1 - right) / 218):.1f} " in end.out
 
 
-def test_another_question_adds_figures_of_its_own(pretext):
-    end, folder = pretext("--candidates", 20, "--sources", 3)
+def test_every_run_is_asked_the_fixed_question_whatever_it_trains_on(pretext):
+    """So the curves of training, validation and chance compare: of one run, and of different ones."""
+    end, folder = pretext("--candidates", 20, "--sources", 3, "--beta", 0.4)
     assert end.status == 0, end.err
-    assert {"val_own_loss", "val_own_source_accuracy", "val_own_weight_mae"} <= read(folder).keys()
-
-
-def test_a_run_s_own_question_has_as_many_candidates_as_in_training(pretext):
-    end, folder = pretext("--candidates", "batch", "--no-symmetric", "--batch-size", 128, "--epochs", 1)
-    assert end.status == 0, end.err
-    guess = EventAccumulator(str(folder)).Reload().Scalars("own_loss/uninformed")[-1].value
-    # log n less the entropy of the weights, whose mean over uniform ones is 0.5: 128 candidates, not all 218
-    assert guess == pytest.approx(math.log(128) - 0.5, abs=0.1)
-    # having learnt to be unsure among 128, it is too sure among three; the same answers, less far apart, are better
-    summary = read(folder)
-    assert summary["temperature"] > 1 and summary["calibrated"]["loss"] < summary["val_loss"]
-    assert summary["calibrated"]["source_accuracy"] == summary["val_source_accuracy"]
-    assert f"trained, logits / {summary['temperature']:.1f}" in end.out
+    row = list(csv.DictReader((folder / "history.csv").open()))[-1]
+    assert float(row["training_loss"]) > float(row["train_loss"])  # of 20 candidates, and of three
+    _, other = pretext(out="other")
+    assert read(folder)["references"]["chance"] == read(other)["references"]["chance"]
 
 
 def test_same_seed_same_figures_and_every_seed_the_same_validation_question(pretext):
@@ -122,12 +123,10 @@ def test_the_simpler_tasks_train_through_the_same_loop(pretext, name):
         assert "val_weight_mae" not in summary
     else:
         assert 0 <= summary["val_weight_mae"] <= 1
-    # one image among 64 is another question than one among three
-    assert summary["own_question"] == ("val_own_loss" in summary) == (name == "duplicate")
 
 
 @pytest.mark.parametrize(("task", "option"), [
-    ("rotate", ("--pure", 0.5)), ("quadrant", ("--crop", 0.5)), ("rotate", ("--decoder", "mlp")),
+    ("rotate", ("--beta", 0.5)), ("quadrant", ("--crop", 0.5)), ("rotate", ("--decoder", "mlp")),
     ("scale", ("--no-views",)), ("duplicate", ("--sources", 3)),
 ])  # fmt: skip
 def test_an_option_that_the_task_has_no_use_for(script, task, option):
@@ -148,42 +147,57 @@ def test_every_option_trains(pretext, options):
     assert 0 <= read(folder)["val_source_accuracy"] <= 1
 
 
+def test_the_hardest_answers_are_those_of_the_highest_loss(batch):
+    """Under a sigmoid, too, whose loss ranks answers differently than a softmax."""
+    import train_pretext
+
+    task = MixupTransform(3, activation="sigmoid")
+    question = task(batch[:3], torch.Generator().manual_seed(0))
+    question = question._replace(weights=torch.tensor([[0.5, 0.5, 0.0]] * 3))
+    logits = torch.tensor([[9.0, 9.0, 9.0], [0.0, 0.0, 0.0], [0.0, 0.0, -9.0]])  # all too sure; unsure; nearly right
+    answers = train_pretext.Answers(task)
+    answers(question, logits)
+    losses = [example[0] for example in answers.examples]
+    assert losses == sorted(losses, reverse=True) and losses[0] > 10
+    assert answers.examples[0][-1].tolist() == pytest.approx([1, 1, 1], abs=1e-3)
+
+
 def test_a_folder_of_ones_own(script, folder):
     args = ("--epochs", 1, "--batch-size", 16, "--size", 16, "--candidates", 8, "--out", "run")
     end = script("train_pretext.py", "--data", folder, *args)
     assert end.status == 0, end.err
     assert read(Path("run"))["train_images"] == 36 and "40 unsup, no labels" in end.out
-    assert "no val_own figures: 8 candidates, and 4 validation images" in end.out
 
 
 def test_more_sources_than_validation_images(script, folder):
     args = ("--batch-size", 16, "--size", 16, "--candidates", "batch", "--sources", 5, "--out", "run")
     end = script("train_pretext.py", "--data", folder, "--epochs", 1, *args)
-    assert end.status == 0 and "no val_own figures" in end.out, end.err
+    assert end.status == 0, end.err
 
 
-def test_the_training_question_has_a_chart_of_its_own_even_where_it_is_not_validated(script, folder):
-    end = script("train_pretext.py", "--data", folder, "--epochs", 1, "--batch-size", 16, "--size", 16, "--out", "run")
-    assert end.status == 0 and "no val_own figures: 16 candidates" in end.out, end.err
-    assert "loss on the fixed question" in Path("run", "report.html").read_text()
+def test_fewer_training_than_validation_images(script, folder):
+    for file in sorted(folder.iterdir())[5:]:
+        file.unlink()
+    end = script("train_pretext.py", "--data", folder, "--epochs", 2, "--batch-size", 2, "--size", 16, "--out", "run")
+    assert end.status == 0, end.err
+    assert "val_loss" in read(Path("run")) and not events("run/train").Tags()["scalars"].count("curves/loss")
 
 
 def test_batches_of_two(script, folder):
     end = script("train_pretext.py", "--data", folder, "--epochs", 1, "--batch-size", 2, "--size", 16, "--out", "run")
     assert end.status == 0, end.err
-    assert "calibrated" not in read(Path("run"))  # three candidates cannot be drawn from two images
 
 
 def test_val_is_never_seen(script, labelled, monkeypatch):
+
     import data
-    import listing
 
     gathered = set()
     collate = data.ImageDataset.collate
     monkeypatch.setattr(data.ImageDataset, "collate", lambda self, rows: gathered.update(rows) or collate(self, rows))
     end = script("train_pretext.py", "--data", labelled, "--epochs", 3, "--batch-size", 8, "--size", 16, "--out", "run")
     assert end.status == 0, end.err
-    entries = listing.list_data(str(labelled)).entries
+    entries = data.list_data(str(labelled)).entries
     assert gathered and not [row for row in gathered if entries[row].split == "val"]
 
 
@@ -195,7 +209,9 @@ def test_a_run_is_not_overwritten_unasked(pretext):
     assert end.status == 2 and "run holds a run already" in end.err and read(folder) == before
     end, _ = pretext("--epochs", 1, "--overwrite", "--seed", 1)
     assert end.status == 0 and read(folder)["seed"] == 1 and (folder / "notes.txt").exists()
-    assert len(list(folder.glob("events.out.tfevents.*"))) == 2  # curves, and the line of the table of runs
+    assert len(list(folder.glob("events.out.tfevents.*"))) == 2  # the settings, and the line of the table of runs
+    for subrun in ("train", "val", "chance", "before", "after"):
+        assert len(list(folder.glob(f"{subrun}/events.out.tfevents.*"))) == 1, subrun
 
 
 def one_image(root, patches):
@@ -213,7 +229,7 @@ BAD = {
     "a single candidate": (("--candidates", 1), "'1' is not a number of candidates"),
     "fewer candidates than sources": (("--candidates", 2, "--sources", 3), "so use 3 or more"),
     "one source": (("--sources", 1), "'1' is not a whole number of 2 or more"),
-    "unknown encoder": (("--encoder", "resnet19"), "invalid choice: 'resnet19'"),
+    "unknown encoder": (("--encoder", "resnet19"), "--encoder resnet19 is unknown: use conv, or a classification"),
     "unknown option": (("--layers", 1), "unrecognized arguments: --layers"),
     "batch size of nothing": (("--batch-size", 0), "'0' is not a whole number of 2 or more"),
     "batch size above the images": (("--batch-size", 5000), "more than the 1958 images to train on"),
@@ -229,7 +245,7 @@ BAD = {
     "infinite learning rate": (("--lr", "inf"), "'inf' is not a learning rate"),
     "data-dir is a file": (("--data-dir", "file.png"), "--data-dir file.png cannot be used (Not a directory)"),
     "out is a file": (("--out", "file.png"), "is a file; give a folder"),
-    "out among the images": (("--data", ".", "--data-dir", "../d", "--out", "x"), "--out x is inside --data ."),
+    "out among the images": (("--data", ".", "--data-dir", "../d", "--out", "x"), "--out x is inside ., whose images"),
     "an unset variable": (("--resume", ""), "argument --resume: it is empty"),
     "symmetric with another loss": (("--symmetric", "--loss", "mse"), "--symmetric asks the other way round with"),
 }  # fmt: skip
@@ -255,32 +271,32 @@ def test_names_that_are_no_text(pretext, labelled):
     odd = labelled.rename(os.fsdecode(os.fsencode(labelled) + b"\xe9"))
     end, folder = pretext("--data", odd, "--batch-size", 8, "--epochs", 1)
     assert end.status == 0, end.err
-    assert r"labelled\udce9" in (folder / "report.html").read_text(encoding="utf-8")
-    names = (folder / "00000" / "features-0" / "metadata.tsv").read_text(encoding="utf-8").split()
+    names = (folder / "before" / "00000" / "features" / "metadata.tsv").read_text(encoding="utf-8").split()
     assert set(names) <= {rf"{name}\udce9" for name in ("ant", "bee", "cow")} and names
 
 
 def test_overwriting_a_run_leaves_what_is_no_run_s(pretext):
     end, folder = pretext("--epochs", 1)
     assert end.status == 0, end.err
-    mine = [folder / "checkpoints" / "mine.pt", folder / "12345" / "image.png", folder / "settings-mine.json"]
+    mine = ["checkpoints/mine.pt", "12345/image.png", "settings-mine.json", "train/photo.jpg", "before/00000/mine.txt"]
+    mine = [folder / name for name in (*mine, "other/events.out.tfevents.1", "other/00000/features/mine.tsv")]
     for file in mine:
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("mine")
     end, _ = pretext("--epochs", 1, "--overwrite")
     assert end.status == 0, end.err
     assert all(file.read_text() == "mine" for file in mine)
     end, _ = pretext("--epochs", 2, "--overwrite")
     assert end.status == 0, end.err
-    assert {file.name for file in folder.glob("0000?")} == {"00000", "00002"}  # nothing of the run of one epoch
+    assert {file.name for file in folder.glob("*/0000?")} == {"00000", "00002"}  # nothing of the run of one epoch
 
 
 def test_memory_that_is_full(capsys):
     with pytest.raises(SystemExit) as end:
-        cli.run(lambda: torch.empty(2**50, dtype=torch.uint8))
+        command.run(lambda: torch.empty(2**50, dtype=torch.uint8))
     assert end.value.code == 1 and "the memory is full; lower --batch-size or --size" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="a bug"):
-        cli.run(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
+        command.run(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
 
 
 def test_several_processes_without_torchrun(tmp_path):

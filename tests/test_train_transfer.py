@@ -11,7 +11,7 @@ import torch
 import torchvision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import photos
+from harness import bundled
 from models import build_encoder
 
 FIGURES = ("accuracy", "accuracy_val_classes", "accuracy_uncorrected")
@@ -56,7 +56,7 @@ def test_every_mode_leaves_what_is_promised(transfer, pretrained, mode):
             assert row[f"{name}_std"] == pytest.approx(values.std().item(), abs=1e-9)
 
     rows = list(csv.DictReader((folder / "predictions.csv").open()))
-    held = {name for _, split, name in photos.list_patches() if split == "val"}
+    held = {name for _, split, name in bundled.list_patches() if split == "val"}
     for start, row in summary.items():
         for seed in (0, 1):
             mine = [r for r in rows if r["start"] == start and r["seed"] == str(seed)]

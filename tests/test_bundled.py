@@ -5,34 +5,34 @@ import numpy as np
 import pytest
 from PIL import ImageOps
 
-import photos
-from errors import UsageError
+from harness import bundled
+from harness.errors import UsageError
 
 
 def test_shape_of_imagewang():
-    patches = photos.list_patches()
+    patches = bundled.list_patches()
     assert 2000 <= len(patches) <= 3000
     classes = Counter(path.rsplit("/")[-1].split("-")[0] for path, _, _ in patches)
-    assert set(classes) == set(photos.PHOTOS)
-    assert set(classes.values()) == {photos.PATCHES}
+    assert set(classes) == set(bundled.PHOTOS)
+    assert set(classes.values()) == {bundled.PATCHES}
     per_split = {
         split: Counter(path.rsplit("/")[-1].split("-")[0] for path, s, _ in patches if s == split)
         for split in ("train", "val", "unsup")
     }
-    easy, hard = list(photos.PHOTOS)[: photos.EASY], list(photos.PHOTOS)[photos.EASY :]
+    easy, hard = list(bundled.PHOTOS)[: bundled.EASY_COUNT], list(bundled.PHOTOS)[bundled.EASY_COUNT :]
     assert len(easy) == len(hard)
-    assert all(per_split["train"][name] == photos.PATCHES for name in easy)
+    assert all(per_split["train"][name] == bundled.PATCHES for name in easy)
     for name in hard:
-        assert [per_split[s][name] / photos.PATCHES for s in ("train", "val", "unsup")] == [0.1, 0.3, 0.6]
+        assert [per_split[s][name] / bundled.PATCHES for s in ("train", "val", "unsup")] == [0.1, 0.3, 0.6]
     assert all(label == path.split("/")[1] for path, split, label in patches if split != "unsup")
     assert all(label is None for _, split, label in patches if split == "unsup")
 
 
 def test_patches_of_different_splits_never_share_a_pixel():
-    for name in photos.PHOTOS:
+    for name in bundled.PHOTOS:
         seen = {}
-        width, height = photos._photo(name).size
-        for path, split, _ in photos.list_patches():
+        width, height = bundled._photo(name).size
+        for path, split, _ in bundled.list_patches():
             patch, left, top, side = path.rsplit("/")[-1].split("-")
             if patch == name:
                 left, top, side = int(left), int(top), int(side)
@@ -42,35 +42,35 @@ def test_patches_of_different_splits_never_share_a_pixel():
 
 
 def test_a_patch_depends_on_its_own_pixels_alone(monkeypatch):
-    path = next(path for path, split, _ in photos.list_patches() if split == "val" and path.endswith("-192"))
+    path = next(path for path, split, _ in bundled.list_patches() if split == "val" and path.endswith("-192"))
     name, left, top, side = path.rsplit("/")[-1].split("-")
     box = (int(left), int(top), int(left) + int(side), int(top) + int(side))
-    inverted = ImageOps.invert(photos._photo(name))
-    inverted.paste(photos._photo(name).crop(box), box)
-    before = photos.load_patch(path, 64)
-    monkeypatch.setattr(photos, "_photo", lambda _: inverted)
-    assert (photos.load_patch(path, 64) == before).all()
+    inverted = ImageOps.invert(bundled._photo(name))
+    inverted.paste(bundled._photo(name).crop(box), box)
+    before = bundled.load_patch(path, 64)
+    monkeypatch.setattr(bundled, "_photo", lambda _: inverted)
+    assert (bundled.load_patch(path, 64) == before).all()
 
 
 def test_several_scales_and_something_in_every_patch():
-    patches = photos.list_patches()
-    assert len({path.rsplit("-", 1)[1] for path, _, _ in patches}) == len(photos.SCALES)
-    faint = [path for path, _, _ in patches[::10] if photos.load_patch(path, 64).std() < 2]
+    patches = bundled.list_patches()
+    assert len({path.rsplit("-", 1)[1] for path, _, _ in patches}) == len(bundled.PATCH_SCALES)
+    faint = [path for path, _, _ in patches[::10] if bundled.load_patch(path, 64).std() < 2]
     assert not faint
 
 
 def test_the_same_on_every_machine():
     """The boxes to the pixel; the pixels of a PNG, whose decoding leaves no choice, to the bit."""
-    paths = "\n".join(path for path, _, _ in photos.list_patches())
+    paths = "\n".join(path for path, _, _ in bundled.list_patches())
     assert (
         hashlib.sha256(paths.encode()).hexdigest() == "239b82eec4897b5a9030a8b27f0caa4dae6f7ff649c4f6161e7b71e81dbfcb4a"
     )
-    cat = b"".join(photos.load_patch(path, 64).tobytes() for path in sorted(paths.split("\n")) if "/cat-" in path)
+    cat = b"".join(bundled.load_patch(path, 64).tobytes() for path in sorted(paths.split("\n")) if "/cat-" in path)
     assert hashlib.sha256(cat).hexdigest() == "95097e83996b117fe682682485db74e45ddb2b9bff354618daf031724ddd1a06"
 
 
 def test_a_changed_wheel_is_noticed(monkeypatch):
-    monkeypatch.setitem(photos.PHOTOS, "cat", ("chelsea.png", "0" * 64))
-    photos._photo.cache_clear()
+    monkeypatch.setitem(bundled.PHOTOS, "cat", ("chelsea.png", "0" * 64))
+    bundled._photo.cache_clear()
     with pytest.raises(UsageError, match="chelsea.png is missing or not the known file"):
-        photos.list_patches()
+        bundled.list_patches()

@@ -1,9 +1,8 @@
-"""Data sets by name: download once, verify, unpack safely; found without network from then on.
+"""Data sets by name: download once, verify, unpack safely. From then on no network is needed.
 
     fetch("imagewang-160", data_dir) -> the folder with train/, val/ and unsup/
 
-Nothing half done ever has the final name: an archive is downloaded as `NAME.part`, a folder unpacked as
-`NAME.unpacking`, and both are renamed when they are complete and verified.
+Archives (`FILE.part`) and folders (`NAME.unpacking`) get their final names when they are complete and verified.
 """
 
 import contextlib
@@ -19,14 +18,13 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
-import checkpoint
-from errors import RunError, UsageError
+from harness.errors import RunError, UsageError
+from harness.files import FULL, lock, unusable
 
 HEAD = 2**20  # bytes at the start of an archive, whose MD5 fastai publishes
 TIMEOUT = 30  # seconds without a byte
@@ -34,21 +32,16 @@ ATTEMPTS = 5  # in a row that bring nothing new
 PAUSE = 1.0  # seconds before another attempt
 CHUNK = 2**18  # bytes
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error, ValueError, RecursionError)
-GROWTH = 4  # JPEGs do not compress: an archive that unpacks to more than this many times its size is not what it says
+GROWTH = 4  # JPEGs do not compress: an archive that unpacks to more than this many times its size is refused
 
 
 class Archive(NamedTuple):
-    """What is known of an archive before it is there."""
+    """A published archive."""
 
     url: str
     size: int  # bytes
-    md5: str  # of the first 2^20 bytes, or of all of them
-    head: bool = True  # whether it is that of the first ones
-
-    @property
-    def name(self) -> str:
-        """The file's name."""
-        return self.url.rsplit("/", 1)[1]
+    md5: str  # of the first 2^20 bytes, or with `head` false of the whole file
+    head: bool = True
 
 
 FASTAI = "https://s3.amazonaws.com/fast-ai-imageclas/"
@@ -72,78 +65,54 @@ HARD = ("n02085620", "n02094433", "n02099601", "n02099712", "n02106662",  # dogs
 
 
 def fetch(name: str, data_dir: str | Path) -> Path:
-    """The folder of the data set `name`, one of ARCHIVES, in `data_dir`; fetched if it is not there.
-
-    Raises UsageError where `data_dir` cannot be used, RunError where the data set cannot be had.
-    """
+    """The folder of the data set `name`, one of ARCHIVES, in `data_dir`; fetched if it is not there. Raises UsageError
+    if `data_dir` cannot be used, RunError if the data set cannot be fetched."""
     archive, folder = ARCHIVES[name], Path(data_dir, name)
     if folder.is_dir():
         return folder
     if os.path.lexists(folder):
         raise UsageError(f"{folder} is a file or a broken link; remove it, or mount what it leads to")
+    file = folder.parent / archive.url.rsplit("/", 1)[1]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--data-dir {data_dir} cannot be used ({error.strerror}); give another folder") from error
-    file = folder.parent / archive.name
-    try:
-        held = folder.parent / f".{name}.lock"
-        with checkpoint.lock(held, wait=True) or contextlib.nullcontext():
-            try:
-                if folder.is_dir():  # another run has fetched it meanwhile
-                    return folder
+        with lock(folder.parent / f".{name}.lock", wait=True) or contextlib.nullcontext():
+            if not folder.is_dir():  # else another run has fetched it meanwhile
                 if not file.exists():
                     download(archive, file)
                 verify(archive, file)
                 unpack(name, file, folder)
-            finally:
-                held.unlink(missing_ok=True)
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UsageError(f"--data-dir {data_dir} cannot be used ({error.strerror}); give another folder") from error
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise RunError(
-            f"the disk of --data-dir {data_dir} is full, and {name} needs about {3 * archive.size / 1e6:.0f} MB; "
-            "free some, or give another folder"
-        ) from error
+        needs = f", and {name} needs about {3 * archive.size / 1e6:.0f} MB"
+        raise unusable("data_dir", data_dir, error, needs) from error
     return folder
 
 
-# -------------------------------------------------------------------------------------------------------- downloading
-
-
 def download(archive: Archive, file: Path) -> None:
-    """Download into `file`, going on where an earlier attempt stopped, if the server can; else from the start.
-
-    Raises RunError where it cannot be had; what has arrived stays, for the next time.
-    """
-    part = file.with_name(f"{file.name}.part")
-    failures = 0
+    """Download into `file`, from where an earlier attempt stopped if the server supports that, else from the start.
+    Raises RunError if the server does not deliver; the part that arrived stays for the next time."""
+    part, failures = file.with_name(f"{file.name}.part"), 0
+    by_hand = f"download it yourself and put it at {file}"
     with tqdm(total=archive.size, desc=file.name, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
         while (have := part.stat().st_size if part.exists() else 0) != archive.size:
             if have > archive.size:
                 part.unlink()
-                raise RunError(
-                    f"{archive.url} is longer than {archive.size} bytes, so it is another file; {_by_hand(file)}"
-                )
+                raise RunError(f"{archive.url} is longer than {archive.size} bytes, so it is another file; {by_hand}")
             try:
                 why = _receive(archive, part, have, bar)
             except (OSError, http.client.HTTPException) as error:
-                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                if getattr(error, "errno", None) in FULL:
                     part.unlink(missing_ok=True)  # it would only fill the disk
                     raise
-                why = _reason(error)
-                if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429:
-                    failures = ATTEMPTS
+                why = str(getattr(error, "reason", None) or error or type(error).__name__)
+                if isinstance(error, urllib.error.HTTPError):
+                    why = f"the server says {error.code} {error.reason}"
+                    failures = ATTEMPTS if error.code < 500 and error.code != 429 else failures
             now = part.stat().st_size if part.exists() else 0
             failures = 0 if now > have else failures + 1
             if failures >= ATTEMPTS:
                 kept = f"; {now / 1e6:.0f} MB are kept, and the next time goes on from there" if now else ""
-                raise RunError(
-                    f"{archive.url} cannot be downloaded ({why}){kept}; {_by_hand(file)}, "
-                    "or use the bundled images with `--data photos`"
-                )
+                photos = "or use the bundled images with `--data photos`"
+                raise RunError(f"{archive.url} cannot be downloaded ({why}){kept}; {by_hand}, {photos}")
             if now < archive.size and failures:
                 time.sleep(PAUSE)
     part.replace(file)
@@ -167,47 +136,33 @@ def _receive(archive: Archive, part: Path, have: int, bar: tqdm) -> str:
     return f"the connection ended after {have} of {archive.size} bytes"
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, urllib.error.HTTPError):
-        return f"the server says {error.code} {error.reason}"
-    return str(getattr(error, "reason", None) or error or type(error).__name__)
-
-
-def _by_hand(file: Path) -> str:
-    return f"download it yourself and put it at {file}"
-
-
 def verify(archive: Archive, file: Path) -> None:
-    """Size and MD5. Raises RunError where they are not what is published; the file stays."""
+    """Check size and MD5. Raises RunError if they are not the published ones; the file stays."""
     size = file.stat().st_size
     if size != archive.size:
-        raise RunError(
-            f"{file} has {size} bytes and {archive.name} should have {archive.size}; remove it and run again"
-        )
+        raise RunError(f"{file} has {size} bytes and should have {archive.size}; remove it and run again")
     digest = hashlib.md5(usedforsecurity=False)
     with open(file, "rb") as stream:
         for chunk in [stream.read(HEAD)] if archive.head else iter(lambda: stream.read(HEAD), b""):
             digest.update(chunk)
     if digest.hexdigest() != archive.md5:
-        raise RunError(
-            f"{file} is not what its publisher made: the MD5 is {digest.hexdigest()} and should be {archive.md5}; "
-            "remove it and run again"
-        )
-
-
-# ---------------------------------------------------------------------------------------------------------- unpacking
+        md5s = f"the MD5 is {digest.hexdigest()} and should be {archive.md5}"
+        raise RunError(f"{file} is not the published file: {md5s}; remove it and run again")
 
 
 def unpack(name: str, file: Path, folder: Path) -> None:
-    """Unpack the archive `file` beside `folder`, then rename. Raises RunError where it is not what it should be."""
+    """Unpack the archive `file` beside `folder`, then rename. Raises RunError if it is damaged, hostile or another."""
     beside = folder.with_name(f"{folder.name}.unpacking")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     try:
-        _write(read_tiny_imagenet(file) if name == "tinywang" else read_tar(name, file), file, beside)
-        if not all((beside / split).is_dir() for split in ("train", "val")):
+        with tqdm(desc=f"unpacking {file.name}", unit="file", leave=False, disable=None) as bar:
+            (unpack_tiny_imagenet if name == "tinywang" else unpack_tar)(file, beside, bar)
+        if not all((beside / name / split).is_dir() for split in ("train", "val")):
             raise RunError(f"{file} has no {name}/train and {name}/val, so it is no such data set; remove it")
-        beside.rename(folder)
+        (beside / name).rename(folder)
+    except tarfile.FilterError as error:  # before TarError, its base
+        raise RunError(f"{file} is refused: {error}; remove it") from error
     except DAMAGED as error:
         raise RunError(f"{file} is damaged ({error}); remove it and run again") from error
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
@@ -221,24 +176,8 @@ def unpack(name: str, file: Path, folder: Path) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _write(members: Iterator[tuple[PurePosixPath, BinaryIO]], file: Path, folder: Path) -> None:
-    """Write (path, stream) below `folder`, if they stay below it."""
-    bar = tqdm(desc=f"unpacking {file.name}", unit="file", leave=False, disable=None)
-    with bar:
-        for path, stream in members:
-            if path.is_absolute() or ".." in path.parts or "\\" in str(path):
-                raise RunError(
-                    f"{file} is refused: it holds {str(path)!r}, which points outside of its folder; remove it"
-                )
-            target = folder.joinpath(*path.parts)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with open(target, "xb") as out:
-                shutil.copyfileobj(stream, out, CHUNK)
-            bar.update()
-
-
 class _Limited:
-    """A stream that refuses to be read for more than so many bytes."""
+    """A stream that raises RunError once more than so many bytes were read."""
 
     def __init__(self, stream: BinaryIO, file: Path):
         self.stream, self.file, self.left = stream, file, GROWTH * file.stat().st_size + 2**20
@@ -255,53 +194,52 @@ def _bomb(file: Path) -> RunError:
     return RunError(f"{file} is refused: it unpacks to over {GROWTH} times its size, which images do not; remove it")
 
 
-def read_tar(name: str, file: Path) -> Iterator[tuple[PurePosixPath, BinaryIO]]:
-    """The files of a .tgz below its folder `name`, as (path below that folder, stream); checks gzip's checksum.
+def unpack_tar(file: Path, folder: Path, bar: tqdm) -> None:
+    """Unpack a .tgz below `folder`, with tarfile's `data` filter against hostile members, and check gzip's checksum."""
+    if not hasattr(tarfile, "data_filter"):
+        raise RunError("this Python's tarfile has no safe filter; use at least Python 3.10.12, 3.11.4 or 3.12")
 
-    Raises RunError at a link, a device or anything else that is neither file nor folder, and at a bomb.
-    """
+    def members(tar):
+        for member in tar:
+            bar.update()
+            yield member
+
     with gzip.open(file) as unzipped:
         limited = _Limited(unzipped, file)
         with tarfile.open(fileobj=limited, mode="r|") as tar:
-            for member in tar:
-                if member.isdir():
-                    continue
-                if not member.isreg() or member.issparse():
-                    raise RunError(f"{file} is refused: {member.name!r} in it is a link or device, no file; remove it")
-                path = PurePosixPath(member.name)
-                if path.parts[:1] == (name,):
-                    path = PurePosixPath(*path.parts[1:])
-                yield path, tar.extractfile(member)
+            tar.extractall(folder, members(tar), filter="data")
         while limited.read(CHUNK):  # to the end, where the checksum is
             pass
 
 
-def read_tiny_imagenet(file: Path) -> Iterator[tuple[PurePosixPath, BinaryIO]]:
-    """tinywang, Image网's protocol on 20 classes of Tiny ImageNet, from tiny-imagenet-200.zip, as (path, stream).
+def unpack_tiny_imagenet(file: Path, folder: Path, bar: tqdm) -> None:
+    """Unpack tinywang, Image网's protocol on 20 classes of Tiny ImageNet, from tiny-imagenet-200.zip, below `folder`.
 
     A class's images of `train` and `val` are taken together (500 + 50) and sorted by the MD5 of the file's name, as
     hex. Those of the ten EASY classes go to train/CLASS/. Of the ten HARD ones the first tenth (55) goes to
     train/CLASS/, the next three tenths (165) to val/CLASS/, the rest (330) to unsup/.
     """
     with zipfile.ZipFile(file) as archive:
-        chosen = []  # (path, member)
+        chosen = []  # (target, member)
         for name, members in _tiny_imagenet_classes(archive, file).items():
             ranked = sorted(members, key=lambda image: hashlib.md5(image.encode(), usedforsecurity=False).hexdigest())
             train, val = round(0.1 * len(ranked)), round(0.4 * len(ranked))
             for rank, image in enumerate(ranked):
                 split = "train" if name in EASY or rank < train else "val" if rank < val else "unsup"
-                path = PurePosixPath(split, image) if split == "unsup" else PurePosixPath(split, name, image)
-                chosen.append((path, members[image]))
+                place = folder / "tinywang" / split / ("" if split == "unsup" else name)
+                chosen.append((place / image, members[image]))
         if sum(member.file_size for _, member in chosen) > GROWTH * file.stat().st_size:
             raise _bomb(file)
-        for path, member in chosen:
-            with archive.open(member) as stream:
-                yield path, stream
+        for target, member in chosen:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(member) as stream, open(target, "xb") as out:
+                shutil.copyfileobj(stream, out, CHUNK)
+            bar.update()
 
 
 def _tiny_imagenet_classes(archive: zipfile.ZipFile, file: Path) -> dict[str, dict[str, zipfile.ZipInfo]]:
     """{class: {file's name: member}} of the twenty classes."""
-    found = {name: {} for name in EASY + HARD}
+    classes = {name: {} for name in EASY + HARD}
     try:
         with archive.open("tiny-imagenet-200/val/val_annotations.txt") as lines:
             val = dict(line.decode().split("\t")[:2] for line in lines)
@@ -309,11 +247,11 @@ def _tiny_imagenet_classes(archive: zipfile.ZipFile, file: Path) -> dict[str, di
         raise RunError(f"{file} has no val/val_annotations.txt as Tiny ImageNet has; remove it") from error
     for member in archive.infolist():
         match member.filename.split("/"):
-            case ["tiny-imagenet-200", "train", name, "images", image] if image and name in found:
-                found[name][image] = member
-            case ["tiny-imagenet-200", "val", "images", image] if val.get(image) in found:
-                found[val[image]][image] = member
-    for name, members in found.items():
+            case [_, "train", name, "images", image] if image and name in classes and Path(image).name == image:
+                classes[name][image] = member
+            case [_, "val", "images", image] if val.get(image) in classes and Path(image).name == image:
+                classes[val[image]][image] = member
+    for name, members in classes.items():
         if not members:
             raise RunError(f"{file} has no image of the class {name}, so it is not Tiny ImageNet; remove it")
-    return found
+    return classes

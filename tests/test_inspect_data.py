@@ -9,7 +9,7 @@ from PIL import Image
 @pytest.fixture
 def inspect(script):
     def run(*args):
-        return script("data.py", "--data-dir", "decoded", *args)
+        return script("inspect_data.py", "--data-dir", "decoded", *args)
 
     return run
 
@@ -65,11 +65,11 @@ def test_two_images_to_train_on_are_too_few_for_mixtures(inspect, labelled):
 def test_its_own_pictures_are_no_images(inspect, folder):
     for flag in ("--out", "--data-dir"):
         end = inspect(folder, flag, folder / "here")
-        assert end.status == 2 and f"{flag} {folder}/here is inside --data {folder}" in end.err
+        assert end.status == 2 and f"{flag} {folder}/here is inside {folder}, whose images" in end.err
 
 
 def test_the_bundled_photographs(script, cache):
-    end = script("data.py", "photos", "--data-dir", cache)
+    end = script("inspect_data.py", "photos", "--data-dir", cache)
     assert end.status == 0 and Path("runs/data-photos/contact.png").exists()
     assert "no images in more than one split" in end.out
 

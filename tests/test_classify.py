@@ -1,10 +1,11 @@
+import argparse
+
 import pytest
 import torch
 from torch import nn
 
-import transfer
-from data import open_images
-from listing import list_data
+import train_transfer as transfer
+from data import list_data, open_images
 from models import Classifier, build_encoder
 from tasks import Classify, LabelQuestion
 
@@ -13,7 +14,7 @@ CPU = {"device": torch.device("cpu"), "amp": False}
 
 def recipe(mode, **changes):
     settings = {"size": 16, "epochs": 2, "batch_size": 8, "lr": 1e-3, "encoder_rate": 0.5, "freeze": 0, **CPU}
-    return transfer.Recipe(mode, **{**settings, **changes})
+    return argparse.Namespace(mode=mode, **{**settings, **changes})
 
 
 def nothing(epoch, means):
@@ -90,16 +91,16 @@ def test_the_correction_finds_rare_classes(labelled, tmp_path, patches):
 @pytest.mark.parametrize("freeze", [0, 3])
 def test_the_head_learns_first_on_the_encoder_as_it_is(data, monkeypatch, freeze):
     seen = []
-    train = transfer._train
+    fit = transfer.fit
 
-    def look(model, data, recipe, *rest):
+    def look(model, task, loader, recipe, epochs, *rest):
         whole = isinstance(model, Classifier)
-        seen.append((whole, recipe.epochs, recipe.lr))
+        seen.append((whole, epochs, recipe.lr))
         if whole:
             seen.append(model.head[1].weight.detach().clone())
-        return train(model, data, recipe, *rest)
+        return fit(model, task, loader, recipe, epochs, *rest)
 
-    monkeypatch.setattr(transfer, "_train", look)
+    monkeypatch.setattr(transfer, "fit", look)
     transfer.classify(scratch(), data, recipe("finetune", freeze=freeze, lr=2e-3), 0, nothing)
     torch.manual_seed(0)
     new = Classifier(build_encoder("conv"), 3).head[1].weight

@@ -1,10 +1,10 @@
 """What is in a data set, and what the network will see of it.
 
-    python data.py DATA
+    python inspect_data.py DATA
 
-DATA is a folder of images, the name of a data set, or `photos`. Says for each split and class how many images there
+DATA is a folder of images, the name of a data set, or `photos`. Prints for each split and class how many images there
 are, how large, in which modes, their mean colour and its spread; which files cannot be read; which images are in two
-splits. Writes a contact sheet and mixtures as the network sees them, with their weights.
+splits. Draws a contact sheet, and mixtures as the network sees them, with their weights.
 """
 
 import hashlib
@@ -16,12 +16,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-import options
-from augment import generator
-from data import Images, open_images, workers
-from errors import UsageError
-from listing import UNLABELLED, list_data, refuse_inside
-from pictures import draw_mixtures, draw_sheet
+from augment import generator, to_pixels
+from data import UNLABELLED, Images, list_data, open_images, workers
+from harness import command
+from harness.files import refuse_inside, unusable
+from harness.pictures import draw_mixtures, draw_sheet
 from tasks import MixupTransform
 
 EACH = 6  # images of each class and split on the contact sheet
@@ -31,23 +30,22 @@ MIXED = 64  # images that the mixtures are made of
 
 def main() -> None:
     """Parse, look, print, draw."""
-    parser = options.Parser(*__doc__.split("\n\n", 1))
-    parser.add_argument("data", metavar="DATA", help="a folder of images, the name of a data set, or `photos`")
-    options.add_data_dir(parser)
-    parser.add_argument("--size", type=options.whole(8, 1024), default=32, help="side of a view, px")
-    parser.add_argument("--seed", type=options.whole(0, 2**32 - 1), default=0, help="of the mixtures that are drawn")
-    parser.add_argument("--out", type=options.place, help="folder for the pictures (default: runs/data-DATA)")
+    parser = command.Parser(__doc__)
+    add = parser.add_argument
+    add("data", metavar="DATA", help="a folder of images, the name of a data set, or `photos`")
+    add("--data-dir", type=command.place, default="data", help="folder for data sets by name, and for decoded images")
+    add("--size", type=command.integer(8, 1024), default=32, help="side of a view, px")
+    add("--seed", type=command.integer(0, 2**32 - 1), default=0, help="of the mixtures that are drawn")
+    add("--out", type=command.place, help="folder for the pictures (default: runs/data-DATA)")
     args = parser.parse_args()
     images = open_images(list_data(args.data, args.data_dir), args.size, args.data_dir)
     out = Path(args.out or Path("runs", f"data-{images.listing.name}"))
-    refuse_inside(args.data, "--out", out)
+    refuse_inside(args.data, "out", out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--out {out} cannot be used ({error.strerror}); give another folder") from error
-    print(images.describe().splitlines()[0] + " in the cache")
-    print(table(images))
-    print(unreadable(images))
+        raise unusable("out", out, error) from error
+    print(images.describe().splitlines()[0] + " in the cache", table(images), unreadable(images), sep="\n")
     print(duplicates(images))
     contact_sheet(images).save(out / "contact.png")
     print(f"\n{out}/contact.png     images of every class and split")
@@ -58,11 +56,11 @@ def main() -> None:
 
 def groups(images: Images) -> dict[tuple[str, str], list[int]]:
     """(split, class): its rows; the class of an unlabelled image is "-"."""
-    found = defaultdict(list)
+    rows = defaultdict(list)
     for row, (_, split, label) in enumerate(images.listing.entries):
-        found[split, "-" if label == UNLABELLED else images.listing.classes[label]].append(row)
+        rows[split, "-" if label == UNLABELLED else images.listing.classes[label]].append(row)
     order = {"train": 0, "val": 1, "unsup": 2}
-    return dict(sorted(found.items(), key=lambda group: (order[group[0][0]], group[0][1])))
+    return dict(sorted(rows.items(), key=lambda group: (order[group[0][0]], group[0][1])))
 
 
 def table(images: Images) -> str:
@@ -76,9 +74,8 @@ def table(images: Images) -> str:
             mine[f"all {len(mine)}"] = sum(mine.values(), [])
         for name, rows in mine.items():
             sizes, modes = zip(*(described[row] for row in rows), strict=True)
-            colour, spread = _colour(images, rows)
-            said = ", ".join(f"{count} {mode}" for mode, count in Counter(modes).most_common())
-            lines.append((split, name, str(len(rows)), _range(sizes), said, _triple(colour), _triple(spread)))
+            counts = ", ".join(f"{count} {mode}" for mode, count in Counter(modes).most_common())
+            lines.append((split, name, str(len(rows)), _range(sizes), counts, *_colour(images, rows)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
@@ -104,26 +101,22 @@ def _range(sizes: list[tuple[int, int]]) -> str:
     return small if small == large else f"{small} to {large}, median {middle}"
 
 
-def _colour(images: Images, rows: list[int]) -> tuple[list[float], list[float]]:
+def _colour(images: Images, rows: list[int]) -> list[str]:
     """Mean and standard deviation of red, green and blue over the pixels of these rows, in [0, 255]."""
     sums = np.zeros((2, 3))
     for start in range(0, len(rows), 256):
         pixels = images.pixels[rows[start : start + 256]].astype(np.float64)
         sums += pixels.sum(axis=(0, 2, 3)), np.square(pixels).sum(axis=(0, 2, 3))
     mean, square = sums / (len(rows) * images.pixels[0, 0].size)
-    return mean.tolist(), np.sqrt(np.maximum(square - mean**2, 0)).tolist()
-
-
-def _triple(values: list[float]) -> str:
-    return " ".join(f"{value:3.0f}" for value in values)
+    spread = np.sqrt(np.maximum(square - mean**2, 0))
+    return [" ".join(f"{value:3.0f}" for value in values) for values in (mean, spread)]
 
 
 def unreadable(images: Images) -> str:
     """The files that were left out, and why."""
     skipped = images.listing.skipped
-    lines = [f"{len(skipped) or 'no'} unreadable or misplaced file{'s' * (len(skipped) != 1)}"]
-    lines += [f"  {path}: {why}" for path, why in skipped[:LISTED]]
-    return "\n".join(lines + [f"  … and {len(skipped) - LISTED} more"] * (len(skipped) > LISTED))
+    title = f"{len(skipped) or 'no'} unreadable or misplaced file{'s' * (len(skipped) != 1)}"
+    return _listed(title, [f"{path}: {why}" for path, why in skipped])
 
 
 def duplicates(images: Images) -> str:
@@ -133,11 +126,15 @@ def duplicates(images: Images) -> str:
         where[hashlib.sha256(pixels.tobytes()).digest()].append(images.listing.entries[row])
     same = [entries for entries in where.values() if len(entries) > 1]
     across = [entries for entries in same if len({entry.split for entry in entries}) > 1]
-    lines = [f"{len(across) or 'no'} image{'s' * (len(across) != 1)} in more than one split"]
-    lines += ["  " + " = ".join(entry.path for entry in entries) for entries in across[:LISTED]]
-    lines += [f"  … and {len(across) - LISTED} more"] * (len(across) > LISTED)
+    title = f"{len(across) or 'no'} image{'s' * (len(across) != 1)} in more than one split"
     within = sum(len(entries) - len({entry.split for entry in entries}) for entries in same)
-    return "\n".join([*lines, f"{within or 'no'} image{'s' * (within != 1)} more than once in a split"])
+    copies = f"{within or 'no'} image{'s' * (within != 1)} more than once in a split"
+    return _listed(title, [" = ".join(entry.path for entry in entries) for entries in across]) + f"\n{copies}"
+
+
+def _listed(title: str, lines: list[str]) -> str:
+    more = [f"  … and {len(lines) - LISTED} more"] * (len(lines) > LISTED)
+    return "\n".join([title, *(f"  {line}" for line in lines[:LISTED]), *more])
 
 
 def contact_sheet(images: Images) -> Image.Image:
@@ -145,11 +142,11 @@ def contact_sheet(images: Images) -> Image.Image:
     parts = groups(images)
     each = EACH if len(parts) > 1 else EACH * 8
     rows, captions = [], []
-    for (split, name), mine in parts.items():
-        chosen = mine[:: max(1, len(mine) // each)][:each]
+    for caption, rows_of_class in parts.items():
+        chosen = rows_of_class[:: max(1, len(rows_of_class) // each)][:each]
         blank = -len(chosen) % EACH
         rows += chosen + [chosen[0]] * blank
-        captions += [(split, name)] * len(chosen) + [None] * blank
+        captions += [caption] * len(chosen) + [None] * blank
     return draw_sheet(images.pixels[rows], captions, columns=EACH)
 
 
@@ -157,4 +154,10 @@ def mixtures(images: Images, size: int, seed: int) -> Image.Image:
     """Mixtures of images that pretraining may use, with two of three candidates as their sources."""
     rows = images.rows("train", "unsup")
     rows = rows[:: max(1, len(rows) // MIXED)][:MIXED]
-    return draw_mixtures(MixupTransform(3, size=size)(torch.from_numpy(images.pixels[rows]), generator(seed)))
+    question = MixupTransform(3, size=size)(torch.from_numpy(images.pixels[rows]), generator(seed))
+    asked = to_pixels(question.asked)[question.candidates]
+    return draw_mixtures(to_pixels(question.mixtures), asked, question.weights)
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from errors import UsageError
+from harness.errors import ValueProblem
 
 PHOTOS = {  # class: file and SHA-256, as in scikit-image's wheel
     # Easy, all of it in train/.
@@ -34,24 +34,22 @@ PHOTOS = {  # class: file and SHA-256, as in scikit-image's wheel
     "retina": ("retina.jpg", "38a07f36f27f095e818aea7b96d34202c05176d30253c66733f2e00379e9e0e6"),
     "tissue": ("ihc.png", "f8dd1aa387ddd1f49d8ad13b50921b237df8e9b262606d258770687b0ef93cef"),
 }
-EASY = 8  # the first so many of PHOTOS
+EASY_COUNT = 8  # the first so many of PHOTOS
 PATCHES = 160  # of a class
 PATCH = 64  # px, what each is resized to
-SCALES = (64, 96, 128, 192, 256)  # px of the photograph that a patch shows
-FAINTEST = 5.0  # standard deviation of a patch's greys, of 255; with less there is nothing to tell it by
+PATCH_SCALES = (64, 96, 128, 192, 256)  # px of the photograph that a patch shows
+FAINTEST = 5.0  # standard deviation of a patch's greys, of 255; with less a patch is empty
 # Regions of a hard photograph, in shares of its width and height, and their shares of the patches; they share no pixel.
 REGIONS = {"unsup": ((0.4, 0, 1, 1), 0.6), "val": ((0, 0.25, 0.4, 1), 0.3), "train": ((0, 0, 0.4, 0.25), 0.1)}
 WHOLE = {"train": ((0, 0, 1, 1), 1.0)}
 
 
 def list_patches() -> list[tuple[str, str, str | None]]:
-    """(path, split, class or None) of every patch, sorted by path; `load_patch` takes the path.
-
-    Raises UsageError where scikit-image is not there or ships other files.
-    """
+    """(path, split, class or None) of every patch, sorted by path; `load_patch` takes the path. Raises UsageError if
+    scikit-image is not installed or ships other files."""
     patches = []
     for number, name in enumerate(PHOTOS):
-        for split, (region, share) in (WHOLE if number < EASY else REGIONS).items():
+        for split, (region, share) in (WHOLE if number < EASY_COUNT else REGIONS).items():
             folder, label = ("unsup", None) if split == "unsup" else (f"{split}/{name}", name)
             for left, top, side in _boxes(name, region, round(share * PATCHES)):
                 patches.append((f"{folder}/{name}-{left}-{top}-{side}", split, label))
@@ -72,7 +70,7 @@ def _boxes(name: str, region: tuple[float, float, float, float], count: int) -> 
     photo = _photo(name)
     grey = np.asarray(photo.convert("L"), dtype=np.float32)
     x0, y0, x1, y1 = (round(edge * length) for edge, length in zip(region, photo.size * 2, strict=True))
-    scales = [scale for scale in SCALES if scale <= min(x1 - x0, y1 - y0)]
+    scales = [scale for scale in PATCH_SCALES if scale <= min(x1 - x0, y1 - y0)]
     boxes, i = [], 0
     while len(boxes) < count:
         side = scales[i % len(scales)]
@@ -89,14 +87,15 @@ def _photo(name: str) -> Image.Image:
     file, sha256 = PHOTOS[name]
     package = importlib.util.find_spec("skimage")
     if package is None:
-        raise UsageError(
-            "--data photos needs scikit-image: pip install -r requirements.txt, or give a folder with --data"
-        )
+        problem = "needs scikit-image: pip install -r requirements.txt, or give a folder of images"
+        raise ValueProblem("data", "photos", problem)
     path = Path(package.submodule_search_locations[0], "data", file)
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        raise UsageError(
-            f"--data photos: {path} is missing or not the known file; install another release of scikit-image "
-            "(0.22 to 0.26 are known to work), or give a folder with --data"
+        raise ValueProblem(
+            "data",
+            "photos",
+            f": {path} is missing or not the known file; install another release of scikit-image (0.22 to 0.26 are "
+            "known to work), or give a folder of images",
         )
     with Image.open(path) as image:
         return image.convert("RGB")

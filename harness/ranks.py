@@ -1,8 +1,8 @@
-"""More than one device: `torchrun --nproc_per_node=N train_pretext.py …`.
+"""Several devices: `torchrun --nproc_per_node=N train_pretext.py …` starts N processes, the ranks.
 
-Every rank draws the same question for the global batch, encodes its own slice of it, and gathers what the others
-encoded; so every rank sees the same answer, the same loss and the same figures, and one rank of N·B images does what N
-ranks of B do. Without torchrun there is one rank, and nothing here does anything.
+Every rank draws the same question for the global batch, encodes its own slice of it, and gathers the features of the
+others. So all ranks have the same loss, and N ranks of B/N images do what one rank of B does. Without torchrun there is
+one rank, and these functions do nothing.
 """
 
 import contextlib
@@ -15,15 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from errors import UsageError
+from harness.errors import UsageError
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 PATIENCE = datetime.timedelta(minutes=60)  # for a rank that does not answer; the first may be downloading
-_talk = None  # the group in which CPUs talk
+_cpu_group = None
 
 
 def start(device: torch.device) -> torch.device:
-    """Join the other ranks, if there are any. Returns the device of this one."""
+    """Join the other ranks, if there are any. Returns this rank's device. Raises UsageError without torchrun."""
     if RANKS == 1 or dist.is_initialized():
         return device
     needed = ("RANK", "MASTER_ADDR", "MASTER_PORT") + ("LOCAL_RANK",) * (device.type == "cuda")
@@ -32,33 +32,31 @@ def start(device: torch.device) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    global _talk
+    global _cpu_group
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    _talk = dist.new_group(backend="gloo", timeout=PATIENCE)
+    _cpu_group = dist.new_group(backend="gloo", timeout=PATIENCE)
     return device
 
 
 def leave(status: int) -> None:
-    """At the end of a run: end this process, where there are others, without taking its interpreter apart.
-
-    A thread of gloo that lets go of its last tensor while that happens may abort the process (pytorch, issue 190489),
-    and `destroy_process_group` does not end these threads: DistributedDataParallel keeps the group when it is gone.
-    """
+    """End this process at the end of a run, if there are others. The interpreter is not shut down: a thread of gloo
+    that still holds a tensor then may abort the process (pytorch issue 190489), and `destroy_process_group` does not
+    end these threads."""
     if RANKS > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
 
 
-def alone() -> None:
-    """Raises UsageError where a command that uses one device was started on several."""
+def refuse_several() -> None:
+    """Raises UsageError if a command for one process was started with several."""
     if RANKS > 1:
         raise UsageError("this command uses one process; start it without torchrun (and with WORLD_SIZE unset)")
 
 
 @contextlib.contextmanager
 def first_rank_first() -> Iterator[None]:
-    """Let the first rank of each machine do something, such as fill a cache, before the others do."""
+    """The first rank of each machine runs the block, such as one that fills a cache, before the others do."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if RANKS > 1 and not first:
         dist.barrier()
@@ -67,7 +65,7 @@ def first_rank_first() -> Iterator[None]:
         dist.barrier()
 
 
-def mine(count: int) -> slice:
+def own_rows(count: int) -> slice:
     """This rank's rows of `count`, which is a multiple of the number of ranks."""
     return slice(RANK * count // RANKS, (RANK + 1) * count // RANKS)
 
@@ -75,35 +73,32 @@ def mine(count: int) -> slice:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows):
-        ctx.rows = mine(RANKS * len(rows))
+        ctx.rows = own_rows(RANKS * len(rows))
         parts = [torch.empty_like(rows) for _ in range(RANKS)]
         dist.all_gather(parts, rows.contiguous())
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx, gradient):
-        # Every rank has the same loss, so the same gradient, of which this part is its own; and since
-        # DistributedDataParallel divides the parameters' gradients by the number of ranks, it is as many times that.
+        # All ranks have the same loss, hence the same gradient; this rank's rows are its part. The factor undoes
+        # DistributedDataParallel's division of the parameters' gradients by the number of ranks.
         return RANKS * gradient[ctx.rows]
 
 
-def gather(rows: torch.Tensor) -> torch.Tensor:
-    """The rows of every rank, b ... -> N*b ..., with gradients where every rank computes the same loss of them."""
-    return _Gather.apply(rows) if RANKS > 1 and dist.is_initialized() else rows
-
-
 def encode(encoder: nn.Module, *views: torch.Tensor) -> list[torch.Tensor]:
-    """The features of several batches of views, in one pass. In training each rank encodes its own rows of each."""
+    """Encode several batches of views in one pass: B 3 S S each -> B D each. In training each rank encodes its own rows
+    of each batch and gathers the others' features, with their gradients."""
     if RANKS > 1 and encoder.training:
-        own = [batch[mine(len(batch))] for batch in views]
-        return [gather(z) for z in encoder(torch.cat(own)).split([len(batch) for batch in own])]
+        own = [batch[own_rows(len(batch))] for batch in views]
+        parts = encoder(torch.cat(own)).split([len(batch) for batch in own])
+        return [_Gather.apply(part) if dist.is_initialized() else part for part in parts]
     return list(encoder(torch.cat(views)).split([len(batch) for batch in views]))
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether it is true on any rank. All of them have to ask."""
+    """Whether `flag` is true on any rank. Every rank has to call this."""
     if RANKS == 1:
         return flag
-    told = torch.tensor(float(flag))
-    dist.all_reduce(told, dist.ReduceOp.MAX, group=_talk)  # between CPUs: no GPU has to wait
-    return bool(told)
+    flags = torch.tensor(float(flag))
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=_cpu_group)  # on CPUs, so that no GPU has to wait
+    return bool(flags)

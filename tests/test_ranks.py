@@ -15,12 +15,11 @@ WORKER = """
 import json, sys
 import torch
 from torch import nn
-import cli
-import distributed
+from harness import command, ranks
 from augment import generator
 from engine import Trainer
 from models import Classifier, Unmixer, build_decoder
-from tasks import build_task
+from tasks import TASKS
 
 class Encoder(nn.Module):  # without batch normalisation
     out_features = 24
@@ -31,21 +30,21 @@ class Encoder(nn.Module):  # without batch normalisation
         return self.net(x).mean(dim=(2, 3))
 
 def main():
-    distributed.start(torch.device("cpu"))
+    ranks.start(torch.device("cpu"))
     out, options = sys.argv[1], json.loads(sys.argv[2])
     decoder = options.pop("decoder", "ridge")
     torch.manual_seed(0)
-    task = build_task(size=16, **options)
+    task = TASKS[options.pop("name")](size=16, **options)
     model = Classifier(Encoder(), 4) if task.classes else Unmixer(Encoder(), build_decoder(decoder, 24))
     trainer = Trainer(model, task, lr=1e-3, steps=10, seed=0)
     images = torch.randint(0, 255, (16, 3, 24, 24), dtype=torch.uint8, generator=generator(1))
     model.train()
     scores = trainer.step(task(images, generator(0, 0, 0)), 0)
-    if distributed.RANK == 0:
+    if ranks.RANK == 0:
         state = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         torch.save({"loss": scores["loss"].detach(), "gradients": state}, out)
 
-cli.run(main)
+command.run(main)
 """
 
 
@@ -91,7 +90,9 @@ def test_two_ranks_compute_the_loss_and_the_gradients_of_one(tmp_path, options):
 
 
 def test_a_rank_ends_without_taking_its_interpreter_apart():
-    worker = "import atexit, cli, os; atexit.register(os.abort); cli.run(lambda: print('done'))"
+    worker = (
+        "import atexit, os; from harness import command; atexit.register(os.abort); command.run(lambda: print('done'))"
+    )
     processes = launch(2, "-c", worker, stdout=subprocess.PIPE, text=True)
     assert [process.communicate(timeout=120)[0] for process in processes] == ["done\n", ""]
     assert [process.returncode for process in processes] == [0, 0]
@@ -119,7 +120,7 @@ def test_as_a_command_and_resumed_with_another_number_of_ranks(cache, tmp_path, 
     assert end.stdout.count("epoch 1/1") == 1
     names = {file.name.split(".")[0] for file in (tmp_path / "run").iterdir()}
     assert {"encoder", "summary", "history", "validation"} <= names
-    events = {file.name.split(".")[-2] for file in (tmp_path / "run").glob("events*")}
+    events = {file.name.split(".")[-2] for file in (tmp_path / "run").rglob("events*")}
     assert len(events) == 1  # of one process
     end = script("train_pretext.py", "--resume", tmp_path / "run", "--epochs", 2)
     assert end.status == 0, end.err

@@ -1,0 +1,147 @@
+"""Command lines: the parser, the options' types, signals and exit codes."""
+
+import argparse
+import io
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from harness import files, ranks
+from harness.errors import RunError, UsageError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are UsageErrors, and whose help shows every default.
+
+    doc  the command's docstring: the first paragraph describes it, the rest follows the options
+    """
+
+    def __init__(self, doc: str):
+        description, epilog = doc.split("\n\n", 1)
+        super().__init__(description=description, epilog=epilog, formatter_class=_Help, allow_abbrev=False)
+
+    def error(self, message):
+        """One line instead of argparse's usage."""
+        raise UsageError(f"{message} (see --help)")
+
+    def given(self) -> set[str]:
+        """The names of the options that are on the command line."""
+        names = vars(self.parse_args())
+        marked = self.parse_args(namespace=argparse.Namespace(**dict.fromkeys(names, argparse.SUPPRESS)))
+        return {name for name, value in vars(marked).items() if value not in (argparse.SUPPRESS, [], None)}
+
+    def refuse(self, names: set[str], why: str) -> None:
+        """Raises UsageError `--name why` if one of these options is on the command line."""
+        for name in sorted(self.given() & names):
+            raise UsageError(f"--{name.replace('_', '-')} {why}")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):  # a default that depends on others stands in the text
+        return action.help if "(default:" in action.help else super()._get_help_string(action)
+
+
+def integer(at_least: int, at_most: int = 10**9) -> Callable[[str], int]:
+    """A whole number in a range."""
+
+    def parse(text):
+        if not text.lstrip("+-").isdecimal() or not at_least <= int(text) <= at_most:
+            upper = f" to {at_most}" if at_most < 10**9 else " or more"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {at_least}{upper}")
+        return int(text)
+
+    return parse
+
+
+def _number(what: str, fits: Callable[[float], bool], hint: str) -> Callable[[str], float]:
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}: give {hint}")
+        return value
+
+    return parse
+
+
+rate = _number("a learning rate", lambda value: 0 < value < 1e3, "a number above 0, such as 1e-3")
+positive = _number("above 0", lambda value: 0 < value < 1e3, "a number such as 0.5")
+crop = _number("a share", lambda value: 0.01 <= value <= 1, "a number from 0.01 to 1")
+share = _number("a share", lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def place(text: str) -> str:
+    """A file, a folder or a name; not the empty text of an unset shell variable."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
+def candidates(text: str) -> int | str:
+    """A number of candidates, or `batch`."""
+    if text == "batch":
+        return text
+    try:
+        return integer(2)(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of candidates: give 2 or more, or `batch` for every image of the batch"
+        ) from None
+
+
+class Interrupts:
+    """Inside the block, Ctrl-C and SIGTERM only set `signal`; a second Ctrl-C ends the process at once."""
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def __enter__(self):
+        self.signal = None
+        self.before = {number: signal.signal(number, self._note) for number in self.signals}
+        return self
+
+    def _note(self, number, frame):
+        self.signal = number
+        if number == signal.SIGINT:
+            signal.signal(number, self.before[number])
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a command and exit: 0, or 2 for wrong use and 1 for a failed run, with one line that says why."""
+    script = Path(sys.argv[0]).name + (f" (rank {ranks.RANK})" if ranks.RANK else "")
+    if ranks.RANK:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  only the first rank prints
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may not be text in the terminal's encoding
+
+    try:
+        status = main() or 0
+        ranks.leave(status)
+        sys.exit(status)
+    except (UsageError, RunError) as error:
+        status, message = error.status, getattr(error, "as_option", error)
+    except OSError as error:
+        name = f"{error.filename}: " if error.filename else ""
+        status, message = 1, f"{name}{error.strerror or error}; the files written before are complete"
+    except (MemoryError, RuntimeError) as error:
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not full:
+            raise
+        status, message = 1, "the memory is full; lower --batch-size or --size"
+    except KeyboardInterrupt:
+        status, message = 130, "stopped"
+    finally:
+        files.release()
+    print(f"{script}: {message}", file=sys.stderr)
+    sys.exit(status)

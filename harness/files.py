@@ -1,0 +1,116 @@
+"""Atomic file writes, locks, and the files below a folder."""
+
+import csv
+import errno
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, BinaryIO
+
+from harness.errors import RunError, ValueProblem
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # what a full disk says
+_held = []  # locks of the command that is running
+
+
+def unusable(name: str, place: str | Path, error: OSError, needs: str = "") -> Exception:
+    """The exception to raise when the folder `place`, the value of the parameter `name`, cannot be written to."""
+    if error.errno in FULL:
+        option = name.replace("_", "-")
+        return RunError(f"the disk of --{option} {place} is full{needs}; free some, or give another folder")
+    return ValueProblem(name, place, f"cannot be used ({error.strerror}); give another folder")
+
+
+def write(file: str | Path, fill: Callable[[BinaryIO], object]) -> None:
+    """Call `fill(stream)` on a temporary file beside, flush it to the disk, then rename it: never half a file."""
+    file = Path(file)
+    part = file.with_name(f"{file.name}.part")
+    try:
+        with open(part, "wb") as stream:
+            fill(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(value: object, file: str | Path) -> None:
+    """Write `value` as indented JSON."""
+    write(file, lambda stream: stream.write((json.dumps(value, indent=2) + "\n").encode()))
+
+
+def write_csv(rows: Iterable[list], file: str | Path) -> None:
+    """Write rows as CSV in UTF-8; bytes of a file's name that are not text become a backslash and a number."""
+
+    def fill(stream):
+        text = io.TextIOWrapper(stream, "utf-8", errors="backslashreplace", newline="", write_through=True)
+        csv.writer(text).writerows(rows)
+        text.detach()
+
+    write(file, fill)
+
+
+def lock(file: str | Path, wait: bool = False) -> IO | None:
+    """Lock `file` until the returned stream is closed or this process ends; None on systems without locks. The file
+    must stay where it is: if it were removed, a later process would lock another file of the same name. Raises
+    BlockingIOError if another process has the lock, unless `wait`."""
+    if fcntl is None:
+        return None
+    stream = open(file, "w")  # noqa: SIM115
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        stream.close()
+        raise
+    except OSError:  # a file system without locks
+        stream.close()
+        return None
+    return stream
+
+
+def hold(file: str | Path) -> None:
+    """Lock `file` until `release`, or until this process ends. Raises BlockingIOError if another process has it."""
+    _held.append(lock(file))
+
+
+def release() -> None:
+    """Release what `hold` locked: at the end of a command."""
+    while _held:
+        if stream := _held.pop():
+            stream.close()
+
+
+def refuse_inside(images: str, name: str, place: str | Path) -> None:
+    """Raises ValueProblem about `name` if files written to `place` would be taken for images of the folder `images`."""
+    if Path(images).is_dir() and Path(place).resolve().is_relative_to(Path(images).resolve()):
+        raise ValueProblem(
+            name, place, f"is inside {images}, whose images it would be taken for; give a folder elsewhere"
+        )
+
+
+def files_below(root: Path, skipped: list[tuple[str, str]]) -> Iterator[str]:
+    """Relative paths of all files that are not hidden, through links too, each folder once. Folders that cannot be read
+    are added to `skipped`."""
+    visited = set()
+
+    def note(error):
+        skipped.append((os.path.relpath(error.filename, root), f"a folder that cannot be read: {error.strerror}"))
+
+    for folder, folders, files in os.walk(root, onerror=note, followlinks=True):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        real = os.path.realpath(folder)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        for file in files:
+            if not file.startswith("."):
+                yield Path(folder, file).relative_to(root).as_posix()

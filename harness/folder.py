@@ -1,0 +1,157 @@
+"""The run's folder: choosing and making it, resuming from it, and saving elsewhere when it cannot be written to."""
+
+import argparse
+import contextlib
+import json
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy
+import PIL
+import torch
+import torchvision
+
+from harness import checkpoint
+from harness.command import Parser
+from harness.errors import RunError, UsageError
+from harness.files import hold, refuse_inside, unusable, write_json
+from harness.log import SUBRUNS
+from harness.ranks import RANK
+
+FORMAT = 2  # of the training state; another one whenever older states cannot go on
+RUN_FILES = [  # what a run writes; nothing else is removed by --overwrite
+    *["settings.json", "settings.resumed-*.json", "history.csv", "summary.json", "predictions.csv", "encoder.pt"],
+    *["validation.png", "validation.before.png", "checkpoint.pt*", "checkpoint.new.pt*", "checkpoint.previous.pt*"],
+    *(f"{place}/events.out.tfevents.*" for place in (".", *SUBRUNS)),
+    *(f"{place}/projector_config.pbtxt" for place in SUBRUNS),
+    *(f"{place}/[0-9][0-9][0-9][0-9][0-9]/features" for place in SUBRUNS),
+]
+
+
+def resume(parser: Parser, args: argparse.Namespace, may_change: set[str]) -> dict | None:
+    """With --resume: load the folder's last checkpoint, and set `args` to the settings that the run started with.
+    Raises UsageError if there is no such run, or if an option is given that is not in `may_change`."""
+    if not args.resume:
+        return None
+    folder = Path(args.resume)
+    if not folder.is_dir():
+        raise UsageError(f"--resume {folder}: no such folder")
+    state = checkpoint.load_last(folder, lambda warning: print(warning, file=sys.stderr))
+    if not isinstance(state, dict) or state.get("script") != Path(sys.argv[0]).stem:
+        raise UsageError(f"--resume {folder} was no run of {Path(sys.argv[0]).name}")
+    if state.get("format") != FORMAT:
+        raise UsageError(f"--resume {folder}: an older version made this run{_commit(folder)}; resume it with that one")
+    given = parser.given() - {"resume"}
+    for name in sorted(given - may_change):
+        flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in sorted(may_change))
+        option = "START" if name == "starts" else f"--{name.replace('_', '-')}"
+        why = f"the run keeps its settings, and only {flags} can change"
+        raise UsageError(f"{option} cannot be given with --resume: {why}")
+    vars(args).update({name: value for name, value in state["settings"].items() if name not in given})
+    args.resume, args.out = str(folder), str(folder)
+    return state
+
+
+def _commit(folder):
+    """The commit that made a run, in words, if its settings have it."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return f" (commit {json.loads((folder / 'settings.json').read_text())['revision'][:12]})"
+    return ""
+
+
+def check_same(then: dict[str, object], now: dict[str, object], folder: str) -> None:
+    """Raises UsageError if the run in `folder`, to be resumed, had data of another identity than those now."""
+    for name, was in then.items():
+        if was != now[name]:
+            raise UsageError(f"--resume {folder}: the data is another: {name} was {was}, and is {now[name]} now")
+
+
+def choose(args: argparse.Namespace, script: str) -> Path:
+    """The run's folder: --resume, --out, or runs/SCRIPT-DATA-ENCODER-TIME. Nothing is made yet. Raises UsageError if it
+    is a file, or holds a run already and --overwrite was not given."""
+    if vars(args).get("resume"):
+        return Path(args.resume)
+    name = f"{script}-{Path(args.data).resolve().name}-{args.encoder}-{time.strftime('%y%m%d-%H%M%S')}"
+    folder = Path(args.out) if args.out else Path("runs", name)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out {folder} is a file; give a folder")
+    refuse_inside(args.data, "out", folder)
+    old = _run_files(folder)
+    if old and not args.overwrite:
+        raise UsageError(f"--out {folder} holds a run already ({old[0].name}); give another folder, or --overwrite it")
+    return folder
+
+
+def _run_files(folder: Path) -> list[Path]:
+    return [file for pattern in RUN_FILES for file in sorted(folder.glob(pattern))]
+
+
+def make(folder: Path, args: argparse.Namespace, device: str) -> None:
+    """Make the run's folder, lock it, and write `settings.json`: command, settings, versions, device. An older run in
+    it is removed, unless it is resumed. The first rank does this for all. Raises UsageError if another run is writing
+    there."""
+    if RANK:
+        return
+    resumed = bool(vars(args).get("resume"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        hold(folder / ".lock")
+        for file in _run_files(folder) if not resumed else []:
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+            for parent in file.relative_to(folder).parents[:-1]:
+                with contextlib.suppress(OSError):  # something else is in it
+                    (folder / parent).rmdir()
+    except BlockingIOError:
+        raise UsageError(f"--out {folder}: another run is writing there; wait for it, or give another folder") from None
+    except OSError as error:
+        raise unusable("out", folder, error) from error
+    versions = {module.__name__: module.__version__ for module in (torch, torchvision, numpy, PIL)}
+    settings = {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "settings": vars(args),
+        "versions": {"python": platform.python_version(), **versions},
+        "revision": _git_revision(),
+        "device": device,
+    }
+    before = len(list(folder.glob("settings.json")) + list(folder.glob("settings.resumed-*.json")))
+    write_json(settings, folder / (f"settings.resumed-{before}.json" if before else "settings.json"))
+
+
+@contextlib.contextmanager
+def rescued(folder: Path, state: Callable[[], dict]) -> Iterator[None]:
+    """A block that writes to the run's folder. If it cannot, `state()` is saved elsewhere, and RunError says where."""
+    try:
+        yield
+    except BrokenPipeError:  # the reader of the output has gone; the folder is fine
+        raise
+    except OSError as error:
+        raise _rescue(state(), folder, error) from error
+
+
+def _rescue(state, folder, error):
+    failure = f"{folder} cannot be written to ({error.strerror or error})"
+    for place in (folder.parent, Path.cwd(), Path(tempfile.gettempdir())):
+        other = None
+        try:
+            other = Path(tempfile.mkdtemp(prefix="unmix-rescue-", dir=place))
+            checkpoint.save_last(state, other)
+        except OSError:
+            shutil.rmtree(other or "", ignore_errors=True)
+            continue
+        where = f"the training state is in {other}: mend what is wrong and go on with --resume {other}"
+        return RunError(f"{failure}; {where}")
+    return RunError(f"{failure}, nor can the temporary folder")
+
+
+def _git_revision() -> str | None:
+    """The commit of this code, with "+" if files differ from it; None outside a git checkout."""
+    words = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.check_output(words, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()

@@ -1,0 +1,112 @@
+"""TensorBoard and CSV logging of a run.
+
+Curves with the same name lie in sub-runs (`train`, `val`, `chance`), so that TensorBoard draws them on one chart.
+"""
+
+import csv
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from harness.ranks import RANK
+
+SUBRUNS = ("train", "val", "chance", "before", "after")
+HISTOGRAM = 10_000  # values of a layer in a histogram, about
+
+
+class Log:
+    """The history of a run: a row an epoch in `history.csv`, curves and pictures in TensorBoard.
+
+    Only the first rank writes. A sub-run is a sub-folder with event files of its own; None is the run's folder itself.
+
+    folder   of the run
+    history  the rows of earlier epochs if the run is resumed; what was logged after them is withdrawn
+    """
+
+    def __init__(self, folder: Path, history: list[dict] | None = None):
+        self.folder, self.history = folder, list(history or [])
+        self.purge_step = None if history is None else len(history) + 1
+        self.writers, self.file = {}, None
+
+    def writer(self, subrun: str | None = None) -> SummaryWriter:
+        """The TensorBoard writer of a sub-run."""
+        if subrun not in self.writers:
+            place = self.folder / subrun if subrun else self.folder
+            self.writers[subrun] = _NoWriter() if RANK else SummaryWriter(place, purge_step=self.purge_step)
+        return self.writers[subrun]
+
+    def row(self, row: dict[str, float]) -> None:
+        """Add an epoch's row to the history. Every row has the same columns, `epoch` the first."""
+        self.history.append(row)
+        if RANK:
+            return
+        if self.file is None:
+            self.file = open(self.folder / "history.csv", "w", newline="", encoding="utf-8")  # noqa: SIM115
+            csv.DictWriter(self.file, row).writeheader()
+            csv.DictWriter(self.file, row).writerows(self.history[:-1])
+        csv.DictWriter(self.file, row).writerow(row)
+        self.file.flush()
+
+    def scalars(self, subrun: str | None, epoch: int, figures: dict[str, float]) -> None:
+        """A point of each curve. Epoch 0 is the untrained network."""
+        for tag, value in figures.items():
+            self.writer(subrun).add_scalar(tag, value, epoch)
+
+    def picture(self, subrun: str | None, tag: str, picture: Image.Image, epoch: int) -> None:
+        """A picture."""
+        self.writer(subrun).add_image(tag, np.asarray(picture.convert("RGB")), epoch, dataformats="HWC")
+
+    def text(self, tag: str, text: str) -> None:
+        """A text, shown as it is."""
+        self.writer().add_text(tag, "    " + text.replace("\n", "\n    "))
+
+    def histograms(self, model: nn.Module, epoch: int) -> None:
+        """Weights and last gradients of every layer, or about ten thousand of them, evenly spread."""
+        for name, parameter in model.named_parameters():
+            for kind, values in (("value", parameter.detach()), ("gradient", parameter.grad)):
+                if values is not None:
+                    some = values.flatten()[:: max(1, values.numel() // HISTOGRAM)].float()
+                    self.writer("train").add_histogram(f"weights/{name}/{kind}", some, epoch)
+
+    def projector(self, subrun: str, features: torch.Tensor, names: list[str], thumbnails: torch.Tensor, epoch: int):
+        """Points to turn and zoom in TensorBoard's projector; they replace the sub-run's points of earlier epochs.
+        features N D, names of their classes N, thumbnails N 3 h w uint8"""
+        for older in self.folder.glob(f"{subrun}/[0-9][0-9][0-9][0-9][0-9]/features"):
+            shutil.rmtree(older.parent)
+        names = [_as_utf8(name) for name in names]
+        self.writer(subrun).add_embedding(features, names, thumbnails.float() / 255, epoch, "features")
+
+    def settings(self, settings: dict, final: dict[str, float], epoch: int) -> None:
+        """A line in TensorBoard's table of runs: settings and final figures."""
+        values = {name: v if isinstance(v, bool | int | float) else _as_utf8(str(v)) for name, v in settings.items()}
+        figures = {f"summary/{name}": value for name, value in final.items()}
+        self.writer().add_hparams(values, figures, run_name=".", global_step=epoch)
+
+    def close(self) -> None:
+        """Bring everything to the disk. An error that is being raised already is not replaced by one of closing."""
+        raising = sys.exc_info()[0] is not None
+        for file in (*self.writers.values(), self.file):
+            try:
+                if file:
+                    file.close()
+            except OSError:
+                if not raising:
+                    raise
+
+
+class _NoWriter:
+    """A writer that writes nothing."""
+
+    def __getattr__(self, name):
+        return lambda *args, **options: None
+
+
+def _as_utf8(name):
+    """Bytes of a file's name that are not text become a backslash and a number."""
+    return name.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,62 @@
+import csv
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from augment import to_pixels
+from harness.log import Log
+from harness.pictures import draw_mixtures
+from tasks import MixupTransform, guess
+
+
+@pytest.fixture
+def question(batch):
+    return MixupTransform(3)(batch, torch.Generator().manual_seed(0))
+
+
+def drawn(question, predicted, **options):
+    views = to_pixels(question.mixtures), to_pixels(question.asked)[question.candidates]
+    return draw_mixtures(*views, question.weights, predicted, **options)
+
+
+def test_history_and_curves_hold_what_was_logged(tmp_path):
+    log = Log(tmp_path)
+    log.scalars("val", 0, {"loss": 2.0})
+    for epoch in (1, 2, 3):
+        log.scalars("train", epoch, {"loss": 1 / epoch, "optimiser/learning_rate": 0.1})
+        log.scalars("val", epoch, {"loss": 2 / epoch})
+        log.row({"epoch": epoch, "train_loss": 1 / epoch, "val_loss": 2 / epoch, "learning_rate": 0.1})
+    log.close()
+    rows = list(csv.DictReader((tmp_path / "history.csv").open()))
+    assert [(row["epoch"], float(row["val_loss"])) for row in rows] == [("1", 2.0), ("2", 1.0), ("3", 2 / 3)]
+    train, val = (EventAccumulator(str(tmp_path / subrun)).Reload() for subrun in ("train", "val"))
+    assert set(train.Tags()["scalars"]) == {"loss", "optimiser/learning_rate"}
+    assert [(e.step, round(e.value, 4)) for e in val.Scalars("loss")] == [(0, 2.0), (1, 2.0), (2, 1.0), (3, 0.6667)]
+    assert [e.step for e in train.Scalars("loss")] == [1, 2, 3]
+
+
+def test_pictures_and_text_reach_tensorboard(tmp_path, question):
+    log = Log(tmp_path)
+    picture = drawn(question, guess(question))
+    log.picture("val", "mixtures/validation", picture, 7)
+    log.text("settings", "python train.py\n--lr 1")
+    log.close()
+    (image,) = EventAccumulator(str(tmp_path / "val")).Reload().Images("mixtures/validation")
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert (image.step, image.width, image.height) == (7, picture.width, picture.height)
+    assert b"--lr 1" in events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0]
+
+
+def test_the_picture_shows_mixtures_candidates_and_both_weights(question):
+    right, wrong = (drawn(question, weights, examples=2) for weights in (question.weights, guess(question)))
+    assert isinstance(right, Image.Image) and right.size == wrong.size
+    assert np.abs(np.asarray(right, int) - np.asarray(wrong, int)).max() > 100  # other bars, other numbers
+    one, twelve = drawn(question, question.weights, examples=1), drawn(question, question.weights, examples=12)
+    assert one.width < twelve.width and 1.2 < twelve.width / twelve.height < 2.2  # landscape
+
+
+def test_more_examples_than_there_are(question):
+    assert drawn(question, question.weights, examples=1000).height > 0
