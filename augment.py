@@ -50,11 +50,9 @@ def _constants(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 
 def augment(images: torch.Tensor, size: int, rng: torch.Generator, crop: float = CROP) -> torch.Tensor:
-    """Random views of a batch: crop, flip, colour, drawn per image; normalised.
+    """Random views of a batch, crop, flip, colour, drawn per image; normalised: B 3 H W uint8 -> B 3 S S, S = size.
 
-    images  B 3 H W  uint8, on any device
-    crop    smallest share of the image that a view shows, in (0, 1]
-    returns B 3 S S  float32, S = size, on the same device
+    crop  smallest share of the image that a view shows, in (0, 1]
     """
     B = len(images)
     draws = torch.rand(B, 10, generator=rng).unbind(1)
@@ -91,21 +89,15 @@ def augment(images: torch.Tensor, size: int, rng: torch.Generator, crop: float =
 
 
 def whole_view(images: torch.Tensor, size: int) -> torch.Tensor:
-    """The view that evaluation uses: the whole image, resized and normalised.
-
-    images  B 3 H W  uint8
-    returns B 3 S S  float32
-    """
+    """The view that evaluation uses: the whole image, resized and normalised: B 3 H W uint8 -> B 3 S S."""
     zeros, ones = torch.zeros(len(images), device=images.device), torch.ones(len(images), device=images.device)
     return box_view(images, zeros, ones, zeros, ones, size)
 
 
 def box_view(images, left, width, top, height, size: int) -> torch.Tensor:
-    """Views of one box per image, normalised.
+    """Views of one box per image, normalised: B 3 H W uint8 -> B 3 S S.
 
-    images                    B 3 H W  uint8
     left, width, top, height  B  shares of the image; a negative width mirrors
-    returns                   B 3 S S  float32
     """
     B = len(images)
     matrix = torch.eye(3, device=images.device).expand(B, 3, 3)

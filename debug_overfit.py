@@ -41,7 +41,7 @@ def parse() -> argparse.Namespace:
     add("--size", type=integer(8, 1024), default=32, help="side of a view, px")
     add = parser.add_argument_group("question").add_argument
     add("--task", choices=TASKS, default="mixup", help="`mixup`: how much of each image is in the mixture?")
-    add("--candidates", type=command.candidates, default=3, help="how many, or `batch`: all examples")
+    add("--candidates", type=integer(2, word="batch"), default=3, help="how many, or `batch`: all examples")
     add("--sources", type=integer(2), default=2, help="images in a mixture")
     add("--views", action=switch, default=True, help="candidates show another crop, flip and colour than was mixed")
     add("--activation", choices=ACTIVATIONS, default="softmax", help="weights as a distribution, or each by itself")

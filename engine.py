@@ -269,7 +269,8 @@ class Trainer:
     def logits(self, question) -> torch.Tensor:
         """The model's logits, float32, computed in the chosen precision and in the mode that the model is in."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            return (self.parallel if torch.is_grad_enabled() else self.model)(*question.inputs).float()
+            logits = (self.parallel if torch.is_grad_enabled() else self.model)(*question.inputs)
+        return tuple(table.float() for table in logits) if isinstance(logits, tuple) else logits.float()
 
     def state(self) -> dict:
         """For a checkpoint: tensors and plain values only."""

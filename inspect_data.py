@@ -138,16 +138,11 @@ def _listed(title: str, lines: list[str]) -> str:
 
 
 def contact_sheet(images: Images) -> Image.Image:
-    """A few images of every class and split, spread over their paths, a line each."""
+    """A few images of every class and split, spread over their paths."""
     parts = groups(images)
     each = EACH if len(parts) > 1 else EACH * 8
-    rows, captions = [], []
-    for caption, rows_of_class in parts.items():
-        chosen = rows_of_class[:: max(1, len(rows_of_class) // each)][:each]
-        blank = -len(chosen) % EACH
-        rows += chosen + [chosen[0]] * blank
-        captions += [caption] * len(chosen) + [None] * blank
-    return draw_sheet(images.pixels[rows], captions, columns=EACH)
+    chosen = [(caption, row) for caption, rows in parts.items() for row in rows[:: max(1, len(rows) // each)][:each]]
+    return draw_sheet(images.pixels[[row for _, row in chosen]], [caption for caption, _ in chosen], columns=EACH)
 
 
 def mixtures(images: Images, size: int, seed: int) -> Image.Image:

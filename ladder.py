@@ -341,15 +341,11 @@ def overfit(s: Subject, name: str, task: WeightTask | LabelTask, bound: float) -
         if step % LOOK_EVERY == 0:
             scores = {n: v.item() for n, v in task.score(trainer.answer(question), question).items()}
             s.log.scalars(None, step, {f"{name}/{score}": value for score, value in scores.items()})
-            right, error = _share_right(scores), scores.get("weight_mae", 0)
+            right, error = scores.get("accuracy", scores.get("source_accuracy")), scores.get("weight_mae", 0)
             if right == 1 and error < bound:
                 break
     weights = f", weight error {error:.3f} (below {bound})" if "weight_mae" in scores else ""
     return right == 1 and error < bound, f"{right:.0%} right (100%){weights} after {step} steps", step
-
-
-def _share_right(scores: dict) -> float:
-    return scores["accuracy"] if "accuracy" in scores else scores["source_accuracy"]
 
 
 def check_easy(s: Subject) -> Result:
@@ -391,7 +387,8 @@ def check_control(s: Subject) -> Result:
             scores = trainer.step(question, step)
             s.log.scalars(None, step + 1, {"control/loss": scores["loss"].item()})
             continue
-        right.append(_share_right(task.score(trainer.answer(question), question)))
+        scores = task.score(trainer.answer(question), question)
+        right.append(scores.get("accuracy", scores.get("source_accuracy")))
         chances.append(1 / task.classes if task.classes else chance(question))
     accuracy, expected = torch.stack(right).mean().item(), sum(map(float, chances)) / len(chances)
     margin = 4 * math.sqrt(expected * (1 - expected) / (rounds * len(s.pixels)))

@@ -18,6 +18,7 @@ from harness.errors import UsageError, ValueProblem
 from harness.ranks import encode
 
 USUAL_SIZE = 224  # px; the views that torchvision's networks are made for
+ENCODERS = ["conv", *torchvision.models.list_models(module=torchvision.models)]  # its classification networks
 OTHER_HEAD = "has another kind of head than one Linear layer"
 
 
@@ -63,11 +64,6 @@ class ConvEncoder(nn.Module):
         return torch.cat([maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))], dim=1)  # B D
 
 
-def encoder_names() -> list[str]:
-    """`conv` and the classification networks of torchvision."""
-    return ["conv", *torchvision.models.list_models(module=torchvision.models)]
-
-
 def torchvision_encoder(name: str, pretrained: bool = False) -> nn.Module:
     """A classification network of torchvision without its last layer: B 3 S S -> B D.
 
@@ -102,11 +98,11 @@ def torchvision_encoder(name: str, pretrained: bool = False) -> nn.Module:
 
 
 def build_encoder(name: str, pretrained: bool = False, size: int | None = None) -> nn.Module:
-    """The encoder of that name, one of `encoder_names()`; `encoder.out_features` is D. Raises UsageError if the name is
+    """The encoder of that name, one of `ENCODERS`; `encoder.out_features` is D. Raises UsageError if the name is
     unknown, if the network cannot be used as an encoder, or if it does not take views of `size` px (None: not
     checked)."""
-    if name not in encoder_names():
-        close = ", ".join(difflib.get_close_matches(name, encoder_names(), 3) or ["resnet18"])
+    if name not in ENCODERS:
+        close = ", ".join(difflib.get_close_matches(name, ENCODERS, 3) or ["resnet18"])
         problem = f"is unknown: use conv, or a classification network of torchvision, such as {close}"
         raise ValueProblem("encoder", name, problem)
     encoder = ConvEncoder() if name == "conv" else torchvision_encoder(name, pretrained)
@@ -124,19 +120,53 @@ def build_encoder(name: str, pretrained: bool = False, size: int | None = None) 
     return encoder.train()
 
 
-class DotDecoder(nn.Module):
+class Decoder(nn.Module):
+    """The base of the decoders: features of mixtures B D and of asked views A D, candidates B n (rows of A) -> B n.
+
+    A tuple of several tables of candidates gets a tuple of logits, all from one projection.
+    """
+
+    def forward(self, mixtures, asked, candidates):
+        mixtures, asked = self.project(mixtures, asked)
+        if isinstance(candidates, tuple):
+            return tuple(self.answer(mixtures, asked, table) for table in candidates)
+        return self.answer(mixtures, asked, candidates)
+
+
+class ByNumber(nn.Module):
+    """A learned number that may depend on the number of candidates n: start + slope * log(n / 8)."""
+
+    def __init__(self, start: float, learned: bool = True):
+        super().__init__()
+        self.start, self.slope = (nn.Parameter(torch.tensor(value), learned) for value in (start, 0.0))
+
+    def forward(self, n: int) -> torch.Tensor:
+        return self.start + self.slope * math.log(n / 8)
+
+
+class Unprojected(nn.Module):
+    """Features as they are."""
+
+    def forward(self, mixtures, asked):
+        return mixtures, asked
+
+
+class DotDecoder(Decoder):
     """The plain dot product of the features: what one writes first. With a squared error it never learns."""
 
     def __init__(self, features: int):
         super().__init__()
+        self.project = Unprojected()
 
-    def forward(self, mixtures, asked, candidates):
+    def answer(self, mixtures, asked, candidates):
         return (mixtures @ asked.T).gather(1, candidates)  # B n
 
 
 class Projection(nn.Sequential):
-    """Linear (with `hidden`, an MLP), then each direction to mean 0 and variance 1 over the batch: R D -> R P. The
-    features are not negative, so without the centring all images point the same way."""
+    """Linear (with `hidden`, an MLP), then each direction to mean 0 and variance 1 over the batch: R D -> R P.
+
+    The features are not negative, so without the centring all images point the same way.
+    """
 
     def __init__(self, features: int, projection: int, hidden: int = 0):
         layers = []
@@ -152,37 +182,39 @@ class Projection(nn.Sequential):
         return both.split([len(mixtures), len(asked)])
 
 
-class CosineDecoder(nn.Module):
-    """The cosine of the projections over a temperature: a fixed one, or None: learned from 0.1 on. Cosine over a
-    temperature: SimCLR (Chen et al. 2020, section 2.1)."""
+class CosineDecoder(Decoder):
+    """The cosine of the projections over a temperature: a fixed one, or None: learned from 0.1 on.
+
+    Cosine over a temperature: SimCLR (Chen et al. 2020, section 2.1).
+    """
 
     def __init__(self, features: int, hidden: int = 0, projection: int = 256, temperature: float | None = None):
         super().__init__()
         self.project = Projection(features, projection, hidden)
         learned = temperature is None
-        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0 if learned else 1 / temperature)), learned)
+        self.log_scale = ByNumber(math.log(10.0 if learned else 1 / temperature), learned)
 
-    def forward(self, mixtures, asked, candidates):
-        mixtures, asked = (nn.functional.normalize(z, dim=1) for z in self.project(mixtures, asked))  # B P, A P
-        return self.log_scale.exp() * (mixtures @ asked.T).gather(1, candidates)  # B n
+    def answer(self, mixtures, asked, candidates):
+        mixtures, asked = (nn.functional.normalize(z, dim=1) for z in (mixtures, asked))  # B P, A P
+        return self.log_scale(candidates.shape[1]).exp() * (mixtures @ asked.T).gather(1, candidates)  # B n
 
 
-class MLPDecoder(nn.Module):
+class MLPDecoder(Decoder):
     """An MLP on each pair of mixture and candidate, which sees the product and the difference of their projections."""
 
     def __init__(self, features: int, hidden: int = 0, projection: int = 128):
         super().__init__()
         self.project = Projection(features, projection, hidden)
         self.mlp = nn.Sequential(nn.Linear(2 * projection, projection), nn.ReLU(inplace=True), nn.Linear(projection, 1))
+        self.log_scale = ByNumber(0.0)
 
-    def forward(self, mixtures, asked, candidates):
-        mixtures, asked = self.project(mixtures, asked)  # B P, A P
+    def answer(self, mixtures, asked, candidates):
         mixtures, asked = mixtures[:, None], asked[candidates]  # B 1 P, B n P
         pair = torch.cat([mixtures * asked, (mixtures - asked).abs()], dim=2)  # B n 2P
-        return self.mlp(pair).squeeze(2)  # B n
+        return self.log_scale(candidates.shape[1]).exp() * self.mlp(pair).squeeze(2)  # B n
 
 
-class RidgeDecoder(nn.Module):
+class RidgeDecoder(Decoder):
     """Unmixing by hand: the weights with which the candidates' projections come closest to the mixture's.
 
     Least squares with a learned ridge; solutions that are not positive become weights near zero. Pixels are unmixed
@@ -193,24 +225,23 @@ class RidgeDecoder(nn.Module):
     def __init__(self, features: int, hidden: int = 0, projection: int = 256):
         super().__init__()
         self.project = Projection(features, projection, hidden)
-        self.log_ridge = nn.Parameter(torch.tensor(math.log(0.3)))  # relative to the squared length of a projection
-        self.log_sharpness = nn.Parameter(torch.tensor(math.log(50.0)))
-        self.offset = nn.Parameter(torch.tensor(-1.0))
+        self.log_ridge = ByNumber(math.log(0.3))  # relative to the squared length of a projection
+        self.log_sharpness = ByNumber(math.log(50.0))
+        self.offset = ByNumber(-1.0)
 
-    def forward(self, mixtures, asked, candidates):
-        mixtures, asked = self.project(mixtures, asked)  # B P, A P
+    def answer(self, mixtures, asked, candidates):
         with torch.autocast(mixtures.device.type, enabled=False):
             A, n = len(asked), candidates.shape[1]
             gram = asked @ asked.T / asked.shape[1]  # A A
             products = mixtures @ asked.T / asked.shape[1]  # B A
-            ridge = self.log_ridge.exp() * torch.eye(n, device=asked.device)
+            ridge = self.log_ridge(n).exp() * torch.eye(n, device=asked.device)
             if n == A:  # all views are candidates of every mixture, in some order: one system for all
                 solution = torch.linalg.solve_ex(gram + ridge, products.T)[0].T.gather(1, candidates)  # B n
             else:
                 gram = gram[candidates[:, :, None], candidates[:, None]]  # B n n
                 products = products.gather(1, candidates)[:, :, None]  # B n 1
                 solution = torch.linalg.solve_ex(gram + ridge, products)[0].squeeze(2)  # B n
-            x = self.log_sharpness.exp() * solution + self.offset
+            x = self.log_sharpness(n).exp() * solution + self.offset(n)
             # The log of softplus(x), which is x itself where x is very negative: so no weight is ever out of reach.
             return torch.where(x > -15, nn.functional.softplus(x.clamp(min=-15)).log(), x)  # B n
 

@@ -24,6 +24,7 @@ from harness.errors import UsageError, ValueProblem
 ACTIVATIONS = ("softmax", "sigmoid")
 LOSSES = ("kl", "mse")
 SMALLEST_WEIGHT = 1e-3
+FEW = (3, 5, 8, 16, 32)  # candidates of the second table
 
 
 class Question(NamedTuple):
@@ -31,8 +32,8 @@ class Question(NamedTuple):
 
     mixtures: torch.Tensor  # B 3 S S
     asked: torch.Tensor  # A 3 S S  the views that candidates refer to
-    candidates: torch.Tensor  # B n int64  rows of asked, all different
-    weights: torch.Tensor  # B n  the answer; each row sums to one
+    candidates: torch.Tensor  # B n int64  rows of asked, all different; or a tuple of several such tables
+    weights: torch.Tensor  # B n  the answer, each row sums to one; or a tuple
 
     @property
     def inputs(self) -> tuple[torch.Tensor, ...]:
@@ -87,17 +88,25 @@ class WeightTask(Task):
         """Inverse of `predict`: weights B n -> logits B n."""
         return weights.log() if self.activation == "softmax" else weights.logit()
 
-    def score(self, logits: torch.Tensor, question: Question) -> dict[str, torch.Tensor]:
-        """Means over the batch: loss (0 when perfect), source_accuracy and weight_mae, both in [0, 1]."""
-        predicted, weights = self.predict(logits), question.weights  # B n
-        if self.loss == "mse":
-            loss = (predicted - weights).square().mean()
-        else:
-            loss = divergence(logits, weights, self.activation).mean()
-        if self.symmetric:  # B B: row i is a mixture, column j is image j
+    def score(self, logits: torch.Tensor | tuple, question: Question) -> dict[str, torch.Tensor]:
+        """Means over the batch: loss (0 when perfect), source_accuracy and weight_mae, both in [0, 1].
+
+        The losses of several tables are added; the other two are about the last table.
+        """
+        several = isinstance(logits, tuple)
+        tables = list(zip(logits, question.weights, strict=True)) if several else [(logits, question.weights)]
+        losses = []
+        for table, weights in tables:  # B n
+            if self.loss == "mse":
+                losses.append((self.predict(table) - weights).square().mean())
+            else:
+                losses.append(divergence(table, weights, self.activation).mean())
+        if self.symmetric:  # the first table, B B: row i is a mixture, column j is image j
+            table, weights = tables[0]
             shares = weights.T / weights.sum(dim=0)[:, None]  # B B  of an image, over the mixtures
-            loss = (loss + divergence(logits.T, shares, "softmax").mean()) / 2
-        return {"loss": loss, **compare(predicted.detach(), weights)}
+            losses[0] = (losses[0] + divergence(table.T, shares, "softmax").mean()) / 2
+        table, weights = tables[-1]
+        return {"loss": sum(losses), **compare(self.predict(table.detach()), weights)}
 
     def baselines(self) -> dict[str, Callable[[Question], dict[str, torch.Tensor]]]:
         """The uninformed guess, and least squares on the pixels."""
@@ -110,7 +119,9 @@ class WeightTask(Task):
 class MixupTransform(WeightTask):
     """Mix every image of a batch with others of it, and ask how much of each candidate is in the mixture.
 
-    candidates  n >= 2: the k sources among n - k distractors in shuffled order; "batch": every image of the batch
+    candidates  n >= 2: the k sources among n - k distractors in shuffled order; "batch": two tables about the same
+                mixtures, every image of the batch, and a few candidates, so that the answers fit any number of them
+    few         "batch": the numbers of candidates of the second table, one is drawn for each batch; (): no such table
     sources     k >= 1 images in a mixture, the first the example itself; k = 1: the mixture is one of the candidates
     dist        the mixing distribution, any torch.distributions object with values in [0, 1]; None: uniform.
                 k = 2: weights w and 1 - w, w from dist; k > 2: stick-breaking, each source takes a share from dist of
@@ -136,6 +147,7 @@ class MixupTransform(WeightTask):
         symmetric: bool | None = None,
         contrast: bool = False,
         crop: float = CROP,
+        few: tuple[int, ...] = FEW,
     ):
         super().__init__(size, activation, loss)
         if sources < 1:
@@ -153,38 +165,39 @@ class MixupTransform(WeightTask):
             raise ValueProblem("symmetric", None, "asks the other way round with softmax and kl only; use those")
         self.symmetric = candidates == "batch" and softmax_kl if symmetric is None else symmetric
         self.candidates, self.sources, self.views = candidates, sources, views
-        self.contrast, self.crop = contrast, crop
+        self.contrast, self.crop, self.few = contrast, crop, few
         self.dist = dist if dist is not None else Uniform(0.0, 1.0)
 
     def __call__(self, images: torch.Tensor, rng: torch.Generator) -> Question:
         """images B 3 H W uint8 -> Question. Raises UsageError if the batch is smaller than the candidates."""
         B, k, device = len(images), self.sources, images.device
-        n = B if self.candidates == "batch" else self.candidates
+        n = self.candidates
+        if n == "batch":  # in the first table; in the second n
+            fitting = [few for few in self.few if k <= few <= B] or [k]
+            n = fitting[int(torch.randint(len(fitting), (), generator=rng))] if self.few else k
         if max(n, k) > B:
             raise UsageError(f"{max(n, k)} candidates need as many images in a batch, and this one has {B}")
-        rows, weights = (send(drawn, device) for drawn in self.draw(B, rng))  # B n (or B k), B k
+        rows, weights = (send(drawn, device) for drawn in self.draw(B, n, rng))  # B n, B k
 
         seen = augment(images, self.size, rng, self.crop)  # B 3 S S  the view that is mixed
         asked = augment(images, self.size, rng, self.crop) if self.views else seen  # B 3 S S  the view asked about
         mixtures = sum(weights[:, j, None, None, None] * seen[rows[:, j]] for j in range(k))  # B 3 S S
+        if self.contrast:  # B more rows: 2B 3 S S, 2B n, 2B k
+            alone = F.pad(torch.ones(B, 1, device=device), (0, k - 1))
+            mixtures, rows, weights = torch.cat([mixtures, seen]), rows.repeat(2, 1), torch.cat([weights, alone])
 
-        if self.candidates == "batch":
-            candidates = torch.arange(B, device=device).expand(B, B)
-            answer = torch.zeros(B, B, device=device).scatter_(1, rows[:, :k], weights)
-            if self.contrast:
-                mixtures, candidates = torch.cat([mixtures, seen]), candidates[:1].expand(2 * B, B)
-                answer = torch.cat([answer, torch.eye(B, device=device)])
-        else:
-            order = send(torch.rand(B, n, generator=rng).argsort(dim=1), device)
-            candidates = rows.gather(1, order)
-            answer = F.pad(weights, (0, n - k)).gather(1, order)
-        return Question(mixtures, asked, candidates, answer)
+        order = send(torch.rand(len(rows), n, generator=rng).argsort(dim=1), device)
+        few = rows.gather(1, order), F.pad(weights, (0, n - k)).gather(1, order)  # candidates and answer, B n each
+        if self.candidates != "batch":
+            return Question(mixtures, asked, *few)
+        every = torch.arange(B, device=device).expand(len(rows), B)
+        whole = every, torch.zeros(len(rows), B, device=device).scatter_(1, rows[:, :k], weights)  # B B each
+        return Question(mixtures, asked, *(zip(whole, few, strict=True) if self.few else whole))
 
-    def draw(self, B: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of the batch, B n: the k sources, then the distractors ("batch": B k); the sources' weights, B k."""
-        width = self.sources if self.candidates == "batch" else self.candidates
+    def draw(self, B: int, n: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of the batch, B n: the k sources, then n - k distractors; the sources' weights, B k."""
         keys = torch.rand(B, B, generator=rng).fill_diagonal_(-1)  # the example itself comes first
-        rows = keys.topk(width, dim=1, largest=False).indices
+        rows = keys.topk(n, dim=1, largest=False).indices
         left = torch.ones(B)
         weights = []
         for share in sample(self.dist, (self.sources - 1, B), rng):

@@ -67,7 +67,11 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     add("--crop", type=command.crop, default=CROP, help="smallest share of an image in a view, give or take its aspect")
     add = parser.add_argument_group("question").add_argument
     add("--task", choices=TASKS, default="mixup", help="`mixup`: how much of each image is in the mixture?")
-    add("--candidates", type=command.candidates, help="how many, or `batch`: all images (default: batch; scale: 3)")
+    add(
+        "--candidates",
+        type=integer(2, word="batch"),
+        help="how many, or `batch`: all images (default: batch; scale: 3)",
+    )
     add("--sources", type=integer(2), default=2, help="images in a mixture")
     add("--views", action=switch, default=True, help="candidates show another crop, flip and colour than was mixed")
     add("--activation", choices=ACTIVATIONS, default="softmax", help="weights as a distribution, or each by itself")
@@ -154,20 +158,10 @@ def main() -> None:
     if RANK:
         return
     checkpoint.save(model.encoder.state_dict(), place / "encoder.pt")
-    summary = {
-        "data": args.data,
-        "task": args.task,
-        "epochs": args.epochs,
-        "train_images": len(train),
-        "val_images": len(val),
-        **final,
-        "references": progress.references,
-        "images_per_second": statistics.median(progress.speeds),
-        "seconds": progress.seconds,
-        "device": device_name(device),
-        "amp": "bf16" if amp else "off",
-        "seed": args.seed,
-    }
+    summary = {name: vars(args)[name] for name in ("data", "task", "epochs", "seed")}
+    summary |= {"train_images": len(train), "val_images": len(val), **final, "references": progress.references}
+    summary |= {"images_per_second": statistics.median(progress.speeds), "seconds": progress.seconds}
+    summary |= {"device": device_name(device), "amp": "bf16" if amp else "off"}
     write_json(summary, place / "summary.json")  # the last file: where it is, the run is complete
     print_summary(summary, place)
 

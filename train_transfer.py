@@ -140,7 +140,7 @@ class Start:
     """Where a classifier starts from."""
 
     name: str  # as it was given
-    encoder: str  # one of models.encoder_names()
+    encoder: str  # one of models.ENCODERS
     size: int  # side of a view, px
     data: str  # what it was pretrained on
     state: dict | None = None  # the encoder's weights; None: random ones

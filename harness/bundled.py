@@ -1,7 +1,6 @@
-"""The bundled data set: patches of the photographs that scikit-image ships in its wheel, the same on every machine.
+"""The bundled data set: patches of the photographs in scikit-image's wheel, one class each, in Image网's shape.
 
-It has Image网's shape: one class a photograph; the easy half all in train/, of the hard half a tenth in train/, three
-tenths in val/ and six in unsup/. Patches of one split may overlap; those of different splits never share a pixel.
+Patches of one split may overlap; those of different splits never share a pixel. docs/data.md describes it.
 """
 
 import functools

@@ -46,12 +46,15 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         return action.help if "(default:" in action.help else super()._get_help_string(action)
 
 
-def integer(at_least: int, at_most: int = 10**9) -> Callable[[str], int]:
-    """A whole number in a range."""
+def integer(at_least: int, at_most: int = 10**9, word: str | None = None) -> Callable[[str], int | str]:
+    """A whole number in a range, or a word."""
 
     def parse(text):
+        if text == word:
+            return text
         if not text.lstrip("+-").isdecimal() or not at_least <= int(text) <= at_most:
             upper = f" to {at_most}" if at_most < 10**9 else " or more"
+            upper += f", nor `{word}`" if word else ""
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {at_least}{upper}")
         return int(text)
 
@@ -82,18 +85,6 @@ def place(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
     return text
-
-
-def candidates(text: str) -> int | str:
-    """A number of candidates, or `batch`."""
-    if text == "batch":
-        return text
-    try:
-        return integer(2)(text)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number of candidates: give 2 or more, or `batch` for every image of the batch"
-        ) from None
 
 
 class Interrupts:

@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import http.client
 import os
+import re
 import shutil
 import tarfile
 import time
@@ -246,11 +247,10 @@ def _tiny_imagenet_classes(archive: zipfile.ZipFile, file: Path) -> dict[str, di
     except (KeyError, ValueError) as error:
         raise RunError(f"{file} has no val/val_annotations.txt as Tiny ImageNet has; remove it") from error
     for member in archive.infolist():
-        match member.filename.split("/"):
-            case [_, "train", name, "images", image] if image and name in classes and Path(image).name == image:
-                classes[name][image] = member
-            case [_, "val", "images", image] if val.get(image) in classes and Path(image).name == image:
-                classes[val[image]][image] = member
+        if found := re.fullmatch(r"[^/]+/(?:train/(\w+)/images|val/images)/([^/\\]+\.JPEG)", member.filename):
+            name = found[1] or val.get(found[2])
+            if name in classes:
+                classes[name][found[2]] = member
     for name, members in classes.items():
         if not members:
             raise RunError(f"{file} has no image of the class {name}, so it is not Tiny ImageNet; remove it")

@@ -89,19 +89,18 @@ def draw_confusion(predicted: torch.Tensor, labels: torch.Tensor, classes: list[
     return sheet
 
 
-def draw_sheet(images: np.ndarray, captions: Sequence[tuple[str, str] | None], columns: int = 6) -> Image.Image:
-    """A contact sheet: images M 3 H W uint8, each above two lines of text; None instead of a caption: a gap."""
-    fits = max((_font(12).getlength(line[:LINE]) for pair in captions if pair for line in pair), default=0)
+def draw_sheet(images: np.ndarray, captions: Sequence[tuple[str, str]], columns: int = 6) -> Image.Image:
+    """A contact sheet: images M 3 H W uint8, each above two lines of text."""
+    fits = max((_font(12).getlength(line[:LINE]) for pair in captions for line in pair), default=0)
     width, height = max(VIEW, math.ceil(fits)) + GAP, VIEW + 46
     lines = max(1, -(-len(captions) // columns))
     sheet = Image.new("RGB", (GAP + columns * width, GAP + lines * height), PAPER)
     draw = ImageDraw.Draw(sheet)
-    for i, pair in enumerate(captions):
-        if pair:
-            left, top = GAP + i % columns * width, GAP + i // columns * height
-            sheet.paste(_tile(torch.from_numpy(images[i]), VIEW), (left, top))
-            draw.text((left, top + VIEW + 2), pair[0][:LINE], INK, _font())
-            draw.text((left, top + VIEW + 17), pair[1][:LINE], INK, _font(12))
+    for i, (first, second) in enumerate(captions):
+        left, top = GAP + i % columns * width, GAP + i // columns * height
+        sheet.paste(_tile(torch.from_numpy(images[i]), VIEW), (left, top))
+        draw.text((left, top + VIEW + 2), first[:LINE], INK, _font())
+        draw.text((left, top + VIEW + 17), second[:LINE], INK, _font(12))
     return sheet
 
 

@@ -199,12 +199,41 @@ def test_no_weight_of_the_ridge_decoder_is_out_of_reach():
 
 def test_a_temperature_is_learned_or_fixed():
     learned, fixed = build_decoder("cosine", 8), build_decoder("cosine", 8, temperature=0.2)
-    assert learned.log_scale.requires_grad and not fixed.log_scale.requires_grad
-    assert fixed.log_scale.exp().item() == pytest.approx(5)
+    assert learned.log_scale.start.requires_grad and not any(p.requires_grad for p in fixed.log_scale.parameters())
+    assert [fixed.log_scale(n).exp().item() for n in (3, 64)] == pytest.approx([5, 5])
     with pytest.raises(UsageError, match="temperature is of the decoder cosine"):
         build_decoder("ridge", 8, temperature=0.2)
     with pytest.raises(UsageError, match="hidden is a layer of the projection"):
         build_decoder("dot", 8, hidden=16)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_several_tables_are_answered_from_one_encoding(name):
+    torch.manual_seed(0)
+    model = warmed_up(build_model("conv", name, 32))
+    mixtures, asked, few = question()
+    tables = torch.arange(5).expand(5, 5), few
+    encoded = []
+    model.encoder.register_forward_hook(lambda module, inputs, output: encoded.append(len(output)))
+    with torch.no_grad():
+        both = model(mixtures, asked, tables)
+        assert encoded == [10]
+        alone = [model(mixtures, asked, table) for table in tables]
+    assert all(torch.equal(a, b) for a, b in zip(both, alone, strict=True))
+
+
+@pytest.mark.parametrize("name", ["ridge", "cosine", "mlp"])
+def test_what_depends_on_the_number_of_candidates_is_learned(name):
+    torch.manual_seed(0)
+    decoder = build_decoder(name, 8)
+    mixtures, asked = torch.randn(2, 6, 8)
+    before = decoder(mixtures, asked, torch.arange(6).expand(6, 6))
+    slopes = [p for n, p in decoder.named_parameters() if n.endswith("slope")]
+    assert slopes and all(p == 0 for p in slopes)
+    with torch.no_grad():
+        for slope in slopes:
+            slope.fill_(0.5)
+    assert not torch.allclose(before, decoder(mixtures, asked, torch.arange(6).expand(6, 6)))
 
 
 @pytest.mark.parametrize("name", [name for name in DECODERS if name != "dot"])

@@ -10,8 +10,9 @@ from harness.errors import UsageError
 from tasks import TASKS, MixupTransform, Question, chance, compare, divergence, guess, least_squares
 
 
-def ask(batch, *args, seed=0, **options):
-    return MixupTransform(*args, **options)(batch, generator(seed))
+def ask(batch, *args, seed=0, few=(), **options):
+    """A question; of the whole batch, without the second table unless `few` is given."""
+    return MixupTransform(*args, few=few, **options)(batch, generator(seed))
 
 
 @pytest.mark.parametrize("candidates", [2, 3, 10, 24, "batch"])
@@ -169,7 +170,7 @@ def test_the_seen_view_is_the_first_drawn(batch):
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("candidates", [2, 3, "batch"])
 def test_the_uninformed_guess_is_the_same_weight_for_every_candidate(batch, activation, candidates):
-    task = MixupTransform(candidates, activation=activation)
+    task = MixupTransform(candidates, activation=activation, few=())
     q = task(batch, generator(0))
     scores = task.baselines()["chance"](q)
     assert torch.isclose(scores["weight_mae"], (guess(q) - q.weights).abs().mean(), atol=1e-6)
@@ -235,7 +236,7 @@ def test_scale_makes_its_own_candidates():
 
 
 def test_asked_both_ways(batch):
-    task = MixupTransform("batch", symmetric=True)
+    task = MixupTransform("batch", symmetric=True, few=())
     q = task(batch, generator(0))
     logits = torch.randn(24, 24)
     shares = q.weights.T / q.weights.T.sum(dim=1, keepdim=True)
@@ -256,10 +257,44 @@ def test_contrast_asks_about_every_view_unmixed_as_well(batch):
     assert torch.equal(both.mixtures[24:], seen)
 
 
+def test_a_few_candidates_are_asked_about_beside_the_whole_batch(batch):
+    numbers = set()
+    for seed in range(30):
+        q = ask(batch, "batch", 3, seed=seed, few=(3, 5, 8, 32), views=False)
+        (every, few), (shares, weights) = q.candidates, q.weights
+        numbers.add(few.shape[1])
+        assert torch.equal(every, torch.arange(24).expand(24, 24)) and few.shape == weights.shape
+        assert all(len(set(row)) == few.shape[1] for row in few.tolist())  # the sources among distractors
+        assert torch.equal(weights, shares.gather(1, few)) and torch.allclose(weights.sum(dim=1), torch.ones(24))
+        assert torch.allclose(torch.einsum("bn,bnchw->bchw", weights, q.asked[few]), q.mixtures, atol=1e-5)
+    assert numbers == {3, 5, 8}  # 32 are more than the batch has
+    places = torch.cat([ask(batch, seed=s, few=(3,)).weights[1].argmax(dim=1) for s in range(20)])
+    assert torch.bincount(places).min() > 0.25 * len(places)  # in shuffled order
+
+
+def test_the_losses_of_both_tables_are_added(batch):
+    task = MixupTransform(few=(5,))
+    q = task(batch, generator(0))
+    logits = torch.randn(24, 24), torch.randn(24, 5)
+    parts = [
+        MixupTransform(few=()).score(logits[0], q._replace(weights=q.weights[0])),
+        MixupTransform(5).score(logits[1], q._replace(weights=q.weights[1])),
+    ]
+    scores = task.score(logits, q)
+    assert torch.isclose(scores["loss"], parts[0]["loss"] + parts[1]["loss"])
+    assert scores["source_accuracy"] == parts[1]["source_accuracy"] and scores["weight_mae"] == parts[1]["weight_mae"]
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_batches_that_are_smaller_than_the_few(batch, count):
+    q = MixupTransform(contrast=True)(batch[:count], generator(0))
+    assert q.weights[1].shape == (2 * count, min(count, 3)) and q.weights[0].shape == (2 * count, count)
+
+
 def _after_drawing(batch):
     """The generator as it is when the views are drawn."""
     rng = generator(0)
-    MixupTransform("batch").draw(len(batch), rng)
+    MixupTransform("batch").draw(len(batch), 2, rng)
     return rng
 
 

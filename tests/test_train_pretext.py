@@ -106,7 +106,7 @@ def test_every_run_is_asked_the_fixed_question_whatever_it_trains_on(pretext):
 def test_same_seed_same_figures_and_every_seed_the_same_validation_question(pretext):
     (_, one), (_, two), (_, other) = pretext(out="one"), pretext(out="two"), pretext("--seed", 1, out="other")
     assert figures(one) == figures(two)
-    assert torch.equal(*(torch.load(run / "checkpoint.pt")["model"]["decoder.log_ridge"] for run in (one, two)))
+    assert torch.equal(*(torch.load(run / "checkpoint.pt")["model"]["decoder.log_ridge.start"] for run in (one, two)))
     assert read(other)["val_loss"] != read(one)["val_loss"]
     # what needs no network depends on the question alone
     for name in ("chance", "least squares on pixels"):
@@ -226,7 +226,7 @@ BAD = {
     "a file": (("--data", "file.png"), "is a file; give the folder"),
     "one image": (("--data", "single"), "holds 1 image to train on"),
     "more candidates than the batch has": (("--candidates", 300), "--candidates 300 is more than --batch-size 256"),
-    "a single candidate": (("--candidates", 1), "'1' is not a number of candidates"),
+    "a single candidate": (("--candidates", 1), "'1' is not a whole number of 2 or more, nor `batch`"),
     "fewer candidates than sources": (("--candidates", 2, "--sources", 3), "so use 3 or more"),
     "one source": (("--sources", 1), "'1' is not a whole number of 2 or more"),
     "unknown encoder": (("--encoder", "resnet19"), "--encoder resnet19 is unknown: use conv, or a classification"),
