@@ -51,9 +51,7 @@ def _constants(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 def augment(images: torch.Tensor, size: int, rng: torch.Generator, crop: float = CROP) -> torch.Tensor:
     """Random views of a batch, crop, flip, colour, drawn per image; normalised: B 3 H W uint8 -> B 3 S S, S = size.
-
-    crop  smallest share of the image that a view shows, in (0, 1]
-    """
+    `crop` is the smallest share of the image that a view shows, in (0, 1]."""
     B = len(images)
     draws = torch.rand(B, 10, generator=rng).unbind(1)
 
@@ -95,10 +93,8 @@ def whole_view(images: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def box_view(images, left, width, top, height, size: int) -> torch.Tensor:
-    """Views of one box per image, normalised: B 3 H W uint8 -> B 3 S S.
-
-    left, width, top, height  B  shares of the image; a negative width mirrors
-    """
+    """Views of one box per image, normalised: B 3 H W uint8 -> B 3 S S. Left, width, top and height, B each, are shares
+    of the image; a negative width mirrors."""
     B = len(images)
     matrix = torch.eye(3, device=images.device).expand(B, 3, 3)
     return _affine(_crop(images, left, width, top, height, size), matrix, torch.zeros(B, 3, device=images.device))

@@ -8,10 +8,12 @@
 Every file is decoded once for each side that is asked for. A batch is then a gather of rows of the cache.
 """
 
+import contextlib
 import errno
 import glob
 import hashlib
 import json
+import math
 import os
 import time
 from collections import Counter
@@ -31,7 +33,7 @@ from harness import bundled
 from harness.decode import decode, typical_side
 from harness.download import ARCHIVES, fetch
 from harness.errors import ValueProblem
-from harness.files import FULL, files_below, refuse_inside, unusable
+from harness.files import FULL, files_below, refuse_inside, unusable, write
 
 UNLABELLED = -1
 CACHE_VERSION = 2  # change it whenever decoding changes, so that older caches are rebuilt
@@ -124,19 +126,15 @@ def _list_folder(root: Path) -> Listing:
 
     entries, skipped, stamps = [], [], []
     for path in sorted(files_below(root, skipped)):
-        split, *inner = path.split("/")
+        split, *inner = path.split("/") if labelled else ("unsup", path)
         if not (root / path).is_file():
             skipped.append((path, "a broken link, or no regular file"))
-            continue
-        if not labelled or (split == "unsup" and inner):
-            entries.append(Entry(path, "unsup", UNLABELLED))
-        elif split in ("train", "val") and len(inner) > 1:
-            entries.append(Entry(path, split, classes.index(inner[0])))
-        else:
+        elif len(inner) < {"train": 2, "val": 2, "unsup": 1}.get(split, math.inf):
             skipped.append((path, "in no class folder of train/ or val/, nor in unsup/"))
-            continue
-        stat = (root / path).stat()
-        stamps.append((path, stat.st_size, stat.st_mtime_ns))
+        else:
+            entries.append(Entry(path, split, UNLABELLED if split == "unsup" else classes.index(inner[0])))
+            stat = (root / path).stat()
+            stamps.append((path, stat.st_size, stat.st_mtime_ns))
     return Listing(
         name=root.resolve().name,
         place=str(root),
@@ -160,8 +158,6 @@ def _hash(*parts) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------ the cache
-#
-# One file: the pixels of every image, then a JSON index, then the length of the index in 8 bytes.
 
 
 @dataclass
@@ -214,19 +210,17 @@ def open_images(listing: Listing, size: int, data_dir: str | Path) -> Images:
 
 
 def _read_index(file: Path) -> dict | None:
-    """The index of a complete cache, else None."""
-    try:
-        with open(file, "rb") as cache:
-            cache.seek(-8, os.SEEK_END)
-            length = int.from_bytes(cache.read(8), "little")
-            cache.seek(-8 - length, os.SEEK_END)
-            return json.loads(cache.read(length))
-    except (OSError, ValueError):
-        return None
+    """The index of a complete cache, else None. A cache is a file with the pixels of every image, then a JSON index,
+    then the length of the index in 8 bytes."""
+    with contextlib.suppress(OSError, ValueError), open(file, "rb") as cache:
+        cache.seek(-8, os.SEEK_END)
+        length = int.from_bytes(cache.read(8), "little")
+        cache.seek(-8 - length, os.SEEK_END)
+        return json.loads(cache.read(length))
 
 
 def _build_cache(listing: Listing, side: int, file: Path, block: int = 1024) -> dict:
-    """Decode everything on all cores into a temporary file, and rename it to `file` when it is complete."""
+    """Decode everything on all cores, write the cache to `file`, and return its index."""
 
     def load(entry):
         try:
@@ -244,11 +238,12 @@ def _build_cache(listing: Listing, side: int, file: Path, block: int = 1024) -> 
     for left in file.parent.glob(f"{glob.escape(file.name)}.*.part"):
         if time.time() - left.stat().st_mtime > 3600:  # of a killed run: a living one writes all the time
             left.unlink(missing_ok=True)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
     kept, skipped = [], list(listing.skipped)
+    index = {"fingerprint": listing.fingerprint, "entries": kept, "skipped": skipped}
     bar = tqdm(total=len(listing.entries), desc=f"decoding {listing.name}", unit="image", leave=False, disable=None)
-    try:
-        with open(part, "wb") as cache, ThreadPoolExecutor(workers()) as pool, bar:
+
+    def fill(cache):
+        with ThreadPoolExecutor(workers()) as pool, bar:
             for start in range(0, len(listing.entries), block):
                 entries = listing.entries[start : start + block]
                 for entry, pixels in zip(entries, pool.map(load, entries), strict=True):
@@ -258,21 +253,18 @@ def _build_cache(listing: Listing, side: int, file: Path, block: int = 1024) -> 
                         kept.append(entry)
                         cache.write(np.ascontiguousarray(pixels))
                     bar.update()
-            listing.entries, listing.skipped = kept, skipped
-            listing.require_every_split()
-            index = {"fingerprint": listing.fingerprint, "entries": kept, "skipped": skipped}
-            text = json.dumps(index).encode()
-            cache.write(text + len(text).to_bytes(8, "little"))
-            cache.flush()
-            os.fsync(cache.fileno())
-        os.replace(part, file)
+        listing.entries, listing.skipped = kept, skipped
+        listing.require_every_split()
+        text = json.dumps(index).encode()
+        cache.write(text + len(text).to_bytes(8, "little"))
+
+    try:
+        write(file, fill, f".{os.getpid()}.part")
     except OSError as error:
         if error.errno not in FULL:
             raise
         needs = f", and the decoded images need {len(listing.entries) * 3 * side**2 / 1e6:.0f} MB"
         raise unusable("data_dir", data_dir, error, needs) from error
-    finally:
-        part.unlink(missing_ok=True)
     return index
 
 
@@ -322,10 +314,8 @@ def choose_place(name: str, images: Images, device: torch.device) -> str:
 
 
 class ImageDataset(Dataset):
-    """Some rows of a data set. An item is just the number of its row: `collate` gathers a whole batch at once.
-
-    resident  the pixels of all images on a device, N 3 H H uint8; None: gather from the cache
-    """
+    """Some rows of a data set. An item is just the number of its row: `collate` gathers a whole batch at once, from
+    `resident`, the pixels of all images on a device, N 3 H H uint8; if that is None, from the cache."""
 
     def __init__(self, images: Images, rows: Sequence[int], resident: torch.Tensor | None = None):
         self.images, self.rows, self.resident = images, rows, resident
@@ -369,9 +359,8 @@ def get_dataloaders(
     device: torch.device | None = None,
     place: str = "auto",
 ) -> tuple[DataLoader, DataLoader]:
-    """Loaders of (images B 3 H W uint8, labels B int64) over rows to train on and rows to validate on.
-
-    place  where the images live, see `choose_place`; the batches are the same
+    """Loaders of (images B 3 H W uint8, labels B int64) over rows to train on and rows to validate on. `place` is where
+    the images live, see `choose_place`; the batches are the same. Without a `device` (torch's) it is the CPU.
 
     The training loader yields a fresh order every epoch (set `loader.batch_sampler.epoch`), and full batches only. The
     validation loader yields every row, in order, in even blocks that depend on their number alone.

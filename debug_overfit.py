@@ -108,14 +108,12 @@ def run_ladder(subject: Subject, place: Path) -> int:
     write_json({"checks": checks, "seconds": total}, place / "summary.json")
     if result.status == FAILED:
         print("\n" + textwrap.fill(f"{name} failed. {result.why}", 116))
-        skipped = list(CHECKS)[number + 1 :]
-        if skipped:
+        if skipped := list(CHECKS)[number + 1 :]:
             print(f"Not run, since they build on it: {', '.join(skipped)}.")
         return 1
     warned = [check["check"] for check in checks if check["status"] == WARNING]
-    print(
-        f"\nNo check failed, in {timedelta(seconds=round(total))}{'; look at ' + ', '.join(warned) if warned else ''}."
-    )
+    look_at = f"; look at {', '.join(warned)}" if warned else ""
+    print(f"\nNo check failed, in {timedelta(seconds=round(total))}{look_at}.")
     print(f"curves   tensorboard --logdir {place.parent}")
     return 0
 

@@ -3,6 +3,8 @@
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -148,44 +150,34 @@ def warm_up_norms(model: nn.Module, inputs: Iterable[tuple[torch.Tensor, ...]], 
             model(*tensors)
 
 
+@dataclass(eq=False)
 class Trainer:
-    """A model that learns a task.
+    """A model that learns a task."""
 
-    model         called as model(*question.inputs)
-    task          task(images, rng) -> question, task.score(logits, question) -> {"loss": ...}; see tasks.py
-    lr            peak learning rate
-    steps         of the whole run, for the schedule
-    seed          with epoch and step, all that the randomness of a step depends on
-    amp           compute in bf16
-    encoder_rate  the encoder's learning rate as a share of the rest's
-    """
+    model: nn.Module  # called as model(*question.inputs)
+    task: Callable  # task(images, rng) -> question, task.score(logits, question) -> {"loss": ...}; see tasks.py
+    _: KW_ONLY
+    lr: float  # the peak learning rate
+    steps: int  # of the whole run, for the schedule
+    seed: int = 0  # with epoch and step, all that the randomness of a step depends on
+    device: torch.device | None = None  # the CPU if None
+    amp: bool = False  # compute in bf16
+    encoder_rate: float = 1.0  # the encoder's learning rate as a share of the rest's
 
-    def __init__(
-        self,
-        model: nn.Module,
-        task,
-        *,
-        lr: float,
-        steps: int,
-        seed: int = 0,
-        device: torch.device | None = None,
-        amp: bool = False,
-        encoder_rate: float = 1.0,
-    ):
-        self.device = device or torch.device("cpu")
-        self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.task, self.lr, self.steps, self.seed, self.amp = task, lr, steps, seed, amp
+    def __post_init__(self):
+        self.device = self.device or torch.device("cpu")
+        self.model.to(self.device, memory_format=torch.channels_last)
         self.taken = 0  # steps
         self.running = Running(self.device)  # of this epoch
         self.broken = torch.full((), -1, device=self.device)  # the first step that was not finite, if any
         self.parallel = self.model  # the model, wrapped if there are several ranks
-        if RANKS > 1:
-            if self.device.type == "cuda":
-                model.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(model.encoder)
-            self.parallel = DistributedDataParallel(model, [self.device] if self.device.type == "cuda" else None)
-        self.optimizer = make_optimizer(model, lr, self.device, encoder_rate)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # every batch has the same shape
+            if RANKS > 1:
+                self.model.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(self.model.encoder)
+        if RANKS > 1:
+            self.parallel = DistributedDataParallel(self.model, [self.device] if self.device.type == "cuda" else None)
+        self.optimizer = make_optimizer(self.model, self.lr, self.device, self.encoder_rate)
 
     def step(self, question, step: int) -> dict[str, torch.Tensor]:
         """Learn from one question. `step` counts from the start of the run. Returns scalars, still on the device."""
@@ -312,14 +304,11 @@ class Trainer:
         """The module whose output or gradient is the first that is not finite when the network learns from this."""
         outputs = []  # in forward order
 
-        def look(name):
-            def hook(module, inputs, output):
-                if isinstance(output, torch.Tensor) and not output.isfinite().all():
-                    outputs.append(name)
+        def look(name, module, inputs, output):
+            if isinstance(output, torch.Tensor) and not output.isfinite().all():
+                outputs.append(name)
 
-            return hook
-
-        hooks = [m.register_forward_hook(look(name)) for name, m in self.model.named_modules() if name]
+        hooks = [m.register_forward_hook(partial(look, name)) for name, m in self.model.named_modules() if name]
         try:
             self.optimizer.zero_grad(set_to_none=True)
             self.task.score(self.logits(question), question)["loss"].backward()

@@ -59,8 +59,7 @@ def groups(images: Images) -> dict[tuple[str, str], list[int]]:
     rows = defaultdict(list)
     for row, (_, split, label) in enumerate(images.listing.entries):
         rows[split, "-" if label == UNLABELLED else images.listing.classes[label]].append(row)
-    order = {"train": 0, "val": 1, "unsup": 2}
-    return dict(sorted(rows.items(), key=lambda group: (order[group[0][0]], group[0][1])))
+    return dict(sorted(rows.items(), key=lambda group: (("train", "val", "unsup").index(group[0][0]), group[0][1])))
 
 
 def table(images: Images) -> str:

@@ -26,7 +26,7 @@ STEPS = 300  # optimiser steps to overfit with, at most
 LOOK_EVERY = 10  # steps between two looks at the answers
 WEIGHT_MAE = 0.02  # mean weight error of an overfit network, at most
 EASY_WEIGHT_MAE = 0.05  # the same for the easy tasks, one of which (scale) gives ridge collinear candidates
-VIEW_STD = (0.1, 2.5)  # standard deviation of normalised views: black and white halves have about 2.3
+LOW_STD, HIGH_STD = 0.1, 2.5  # standard deviation of normalised views: black and white halves have about 2.3
 CLOSE = 1e-3  # two answers that should be the same may differ by this share of their largest
 WIDE = 10.0  # standard deviation of the logits at the start from which a softmax over them is saturated
 DEAD = 1e-3  # an example is dead when its gradient is below this share of that at an uninformed guess
@@ -96,47 +96,35 @@ def check_data(s: Subject) -> Result:
     """Length, shapes, dtypes and ranges are the contract's; classes are those of train/; nothing is in two splits."""
     for split, loader, rows in (("training", s.train_loader, s.train), ("validation", s.val_loader, s.val)):
         if len(loader.dataset) != len(rows):
-            return failed(
-                f"{split}: length {len(loader.dataset)}, usable images {len(rows)}",
-                "The data set's length is wrong. Likely: an off-by-one in __len__. Return the number of rows.",
-            )
+            why = "The data set's length is wrong. Likely: an off-by-one in __len__. Return the number of rows."
+            return failed(f"{split}: length {len(loader.dataset)}, usable images {len(rows)}", why)
     batch = next(iter(s.train_loader))
     side = s.images.pixels.shape[2]
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(map(torch.is_tensor, batch))):
-        return failed(
-            f"a batch is ({', '.join(type(part).__name__ for part in batch)}), not (images, labels)",
-            "The loop expects another batch. Likely: the collate yields ((x, ...), y) where (x, ..., y) is expected.",
-        )
+        why = "The loop expects another batch. Likely: the collate yields ((x, ...), y) where (x, ..., y) is expected."
+        return failed(f"a batch is ({', '.join(type(part).__name__ for part in batch)}), not (images, labels)", why)
     images, labels = batch
     if images.dtype != torch.uint8 or images.shape[1:] != (3, side, side) or labels.shape != (len(images),):
-        return failed(
-            f"images {tuple(images.shape)} {images.dtype}, labels {tuple(labels.shape)}",
-            f"A batch should be uint8 images B 3 {side} {side} and B labels. Likely: channels last, or floats.",
-        )
+        why = f"A batch should be uint8 images B 3 {side} {side} and B labels. Likely: channels last, or floats."
+        return failed(f"images {tuple(images.shape)} {images.dtype}, labels {tuple(labels.shape)}", why)
     std = s.make_task("mixup")(images, generator(s.seed)).asked.std().item()
-    if not VIEW_STD[0] < std < VIEW_STD[1]:
-        return failed(
-            f"views have standard deviation {std:.2f} ({VIEW_STD[0]} to {VIEW_STD[1]})",
-            "Views are out of range. Likely: normalised twice, or not at all, or pixels of 0 to 255 taken for 0 to 1.",
-        )
-    classes = s.images.listing.classes
-    for row, entry in enumerate(s.images.listing.entries):
-        if entry.split != "unsup" and classes[int(s.images.labels[row])] != entry.path.split("/")[1]:
-            return failed(
-                f"{entry.path} has the label of {classes[int(s.images.labels[row])]!r}",
-                f"Labels of {entry.split}/ are not the class indices of train/. Likely: a split with some of the "
-                "classes was renumbered from 0. Take the indices from train/ by name, in every split.",
-            )
+    bounds = f"({LOW_STD} to {HIGH_STD})"
+    if not LOW_STD < std < HIGH_STD:
+        why = "Views are out of range. Likely: normalised twice, or not at all, or pixels of 0 to 255 taken for 0 to 1."
+        return failed(f"views have standard deviation {std:.2f} {bounds}", why)
+    for (path, split, _), label in zip(s.images.listing.entries, s.images.labels.tolist(), strict=True):
+        if split != "unsup" and (name := s.images.listing.classes[label]) != path.split("/")[1]:
+            why = f"Labels of {split}/ are not the class indices of train/. Likely: a split with some of the classes "
+            why += "was renumbered from 0. Take the indices from train/ by name, in every split."
+            return failed(f"{path} has the label of {name!r}", why)
     digests = [hashlib.blake2b(image).digest() for image in s.images.pixels]
     trained, held_out = {digests[row] for row in s.train}, [*s.val, *s.images.rows("val")]
     shared = sum(digests[row] in trained for row in held_out)
     if shared > 0.01 * len(held_out):
-        return failed(
-            f"{shared} of {len(held_out)} validation images are in training too (at most 1%)",
-            "Validation measures how well the network remembers. Likely: files in two folders. Remove the copies.",
-        )
-    counts, bounds = f"{len(s.train)} + {len(s.val)} images", f"({VIEW_STD[0]} to {VIEW_STD[1]})"
-    return Result(WARNING if shared else OK, f"{counts}, views' std {std:.2f} {bounds}, {shared} shared")
+        why = "Validation measures how well the network remembers. Likely: files in two folders. Remove the copies."
+        return failed(f"{shared} of {len(held_out)} validation images are in training too (at most 1%)", why)
+    figure = f"{len(s.train)} + {len(s.val)} images, views' std {std:.2f} {bounds}, {shared} shared"
+    return Result(WARNING if shared else OK, figure)
 
 
 def check_weights(s: Subject) -> Result:
@@ -145,10 +133,9 @@ def check_weights(s: Subject) -> Result:
     q = s.question(task)
     counts, sums = (q.weights > 0).sum(dim=1), q.weights.sum(dim=1)
     if (counts != task.sources).any() or (sums - 1).abs().max() > 1e-4:
-        return failed(
-            f"{counts.min()} to {counts.max()} weights ({task.sources}), sums {sums.min():.3f} to {sums.max():.3f} (1)",
-            "The answer is not a set of weights of the sources that sums to one.",
-        )
+        why = "The answer is not a set of weights of the sources that sums to one."
+        found = f"{counts.min()} to {counts.max()} weights ({task.sources}), sums {sums.min():.3f} to {sums.max():.3f}"
+        return failed(f"{found} (1)", why)
     mix = lambda weights: torch.einsum("bn,bnchw->bchw", weights, q.asked[q.candidates])  # noqa: E731
     off = (mix(q.weights) - q.mixtures).abs().max()
     if off < CLOSE:
@@ -187,11 +174,9 @@ def check_leak(s: Subject) -> Result:
     leak = max(part.abs().max().item() for part in rest if len(part)) / max(own, 1e-30)
     if leak < 1e-5:
         return Result(OK, f"gradient from other examples {leak:.0e} of its own (below 1e-05)")
-    return failed(
-        f"gradient from other examples {leak:.1e} of its own (below 1e-05)",
-        "The answer to one example depends on others. Likely: normalisation with the batch's own statistics in eval "
-        "mode, for example over the candidates; or a reshape that mixes examples.",
-    )
+    why = "The answer to one example depends on others. Likely: normalisation with the batch's own statistics in eval "
+    why += "mode, for example over the candidates; or a reshape that mixes examples."
+    return failed(f"gradient from other examples {leak:.1e} of its own (below 1e-05)", why)
 
 
 def check_single(s: Subject) -> Result:
@@ -202,10 +187,8 @@ def check_single(s: Subject) -> Result:
         some = range(min(8, len(q.mixtures)))
         alone = [model(q.mixtures[i : i + 1], q.asked, q.candidates[i : i + 1]) for i in some]
     if alone[0].shape != (1, together.shape[1]):
-        return failed(
-            f"logits of shape {tuple(alone[0].shape)}, not {(1, together.shape[1])}",
-            "A batch of one loses an axis. Likely: squeeze() without an axis. Name the axis: squeeze(2).",
-        )
+        why = "A batch of one loses an axis. Likely: squeeze() without an axis. Name the axis: squeeze(2)."
+        return failed(f"logits of shape {tuple(alone[0].shape)}, not {(1, together.shape[1])}", why)
     why = "One example alone gets another answer than in a batch. Likely: statistics of the batch in eval mode."
     return _same(together[: len(alone)], torch.cat(alone), why)
 
@@ -225,31 +208,23 @@ def check_start(s: Subject) -> Result:
     loss = lambda logits, question=q: task.score(logits, question)["loss"]  # noqa: E731
     perfect = loss(task.logits_of(w.clamp(1e-6, 1 - 1e-6))).item()
     uninformed = task.logits_of(torch.full_like(w, 1 / n))
-    if task.loss == "mse":
-        formula = (w - 1 / n).square().mean().item()
-    else:
-        formula = divergence(uninformed, w, task.activation).mean().item()
+    formula = (w - 1 / n).square() if task.loss == "mse" else divergence(uninformed, w, task.activation)
+    formula = formula.mean().item()
     guessed = loss(uninformed).item()
     logits = task.logits_of((w + 0.3) / (1 + 0.3 * n))
-    one_by_one = sum(
-        loss(logits[i : i + 1], q._replace(candidates=q.candidates[i : i + 1], weights=w[i : i + 1])).item()
-        for i in range(len(w))
-    ) / len(w)
+    rows = zip(logits.split(1), q.candidates.split(1), w.split(1), strict=True)
+    one_by_one = sum(loss(row, q._replace(candidates=c, weights=own)).item() for row, c, own in rows) / len(w)
+    together = loss(logits).item()
     figure = f"loss {perfect:.3f} for the right answer (0), {guessed:.3g} for a guess ({formula:.3g})"
-    if abs(one_by_one - loss(logits).item()) > 0.01 * formula:
-        return failed(
-            f"loss {loss(logits).item():.3f} of a batch, {one_by_one:.3f} of its examples one by one (the same)",
-            "An example's loss depends on the others. Likely: a softmax over the batch (dim=0), not the candidates.",
-        )
+    if abs(one_by_one - together) > 0.01 * formula:
+        why = "An example's loss depends on the others. Likely: a softmax over the batch (dim=0), not the candidates."
+        return failed(f"loss {together:.3f} of a batch, {one_by_one:.3f} of its examples one by one (the same)", why)
     if abs(perfect) > 0.05 * formula:
         why = "Even the right answer has a loss. Likely: the activation applied twice, in the model and in the loss."
         return failed(figure, why)
     if abs(guessed - formula) > 0.05 * formula:
-        return failed(
-            figure,
-            "The loss is not on its scale, nor is its gradient. Likely: averaged more than once (candidates, pixels, "
-            "batch). Sum over the candidates, average over the batch, once.",
-        )
+        why = "The loss is not on its scale, nor is its gradient. Likely: averaged more than once (candidates, pixels, "
+        return failed(figure, f"{why}batch). Sum over the candidates, average over the batch, once.")
     logits = s.make_model(None).train()(*q.inputs)
     first, spread = loss(logits).item(), logits.std().item()
     predicted = task.predict(logits.detach())
@@ -261,12 +236,10 @@ def check_start(s: Subject) -> Result:
     figure = f"loss {first:.3g} (guess {guessed:.3g}), logits' std {spread:.2g} (below {WIDE:g}), "
     figure += f"{saturated:.0%} saturated"
     if dead >= 0.5:
-        return failed(
-            f"{figure}, {dead:.0%} of the examples pass back no gradient (below 50%)",
-            "The network is dead on arrival: its first logits saturate the activation, through which a squared error "
-            "passes nothing back. Likely: an unscaled dot product. Use --decoder cosine or ridge, or at least --loss "
-            "kl, whose gradient survives.",
-        )
+        why = "The network is dead on arrival: its first logits saturate the activation, through which a squared error "
+        why += "passes nothing back. Likely: an unscaled dot product. Use --decoder cosine or ridge, or at least "
+        why += "--loss kl, whose gradient survives."
+        return failed(f"{figure}, {dead:.0%} of the examples pass back no gradient (below 50%)", why)
     return Result(WARNING if spread > WIDE or first > 10 * guessed else OK, figure)
 
 
@@ -278,28 +251,20 @@ def check_gradient(s: Subject) -> Result:
     model.train()
     task.score(trainer.logits(s.question(task)), s.question(task))["loss"].backward()
     named = dict(model.named_parameters())
-    frozen = [name for name, p in named.items() if not p.requires_grad]
-    if frozen:
-        return failed(
-            f"{len(frozen)} of {len(named)} parameters do not ask for a gradient (0), {frozen[0]} the first",
-            "A part of the network is frozen. Likely: requires_grad_(False), or a forward pass under no_grad.",
-        )
+    if frozen := [name for name, p in named.items() if not p.requires_grad]:
+        why = "A part of the network is frozen. Likely: requires_grad_(False), or a forward pass under no_grad."
+        count = f"{len(frozen)} of {len(named)} parameters"
+        return failed(f"{count} do not ask for a gradient (0), {frozen[0]} the first", why)
     ids = {id(p) for p in named.values()}
-    stale = sum(id(p) not in ids for group in trainer.optimizer.param_groups for p in group["params"])
-    if stale:
-        return failed(
-            f"{stale} of the optimiser's parameters are not the network's (0)",
-            "The optimiser moves a stale copy: the forward pass uses another copy of a module. Likely: a module "
-            "replaced or copied after the optimiser was made. Make the optimiser last.",
-        )
+    if stale := sum(id(p) not in ids for group in trainer.optimizer.param_groups for p in group["params"]):
+        why = "The optimiser moves a stale copy: the forward pass uses another copy of a module. Likely: a module "
+        why += "replaced or copied after the optimiser was made. Make the optimiser last."
+        return failed(f"{stale} of the optimiser's parameters are not the network's (0)", why)
     for name, p in named.items():
         bad = "none" if p.grad is None else "not finite" if not p.grad.isfinite().all() else None
         if bad or (is_matrix(p) and not p.grad.any()):
-            return failed(
-                f"gradient of {name}: {bad or 'all zero'}",
-                "A layer gets no usable gradient. Likely: it is not used in the forward pass, it is detached, or it is "
-                "saturated or switched off by a ReLU.",
-            )
+            why = "A layer gets no usable gradient. Likely: it is not used in the forward pass, it is detached, or it "
+            return failed(f"gradient of {name}: {bad or 'all zero'}", f"{why}is saturated or switched off by a ReLU.")
     smallest = min(p.grad.norm().item() for p in named.values() if is_matrix(p))
     return Result(OK, f"{len(named)} gradients, finite, the smallest {smallest:.0e} (above 0)")
 
@@ -316,12 +281,9 @@ def check_step(s: Subject) -> Result:
     moved = {name: ((after[name].detach() - p).norm() / p.norm()).item() for name, p in before.items()}
     low, high = min(moved, key=moved.get), max(moved, key=moved.get)
     figure = f"matrices move by {moved[low]:.1e} to {moved[high]:.1e} of their size ({MOVES[0]:.0e} to {MOVES[1]})"
-    if moved[low] == 0:
-        still = [name for name, share in moved.items() if share == 0]
-        return failed(
-            f"{len(still)} of {len(moved)} matrices do not move, {still[0]} the first",
-            "A part of the network is not optimised. Likely: the optimiser was given the decoder's parameters alone.",
-        )
+    if still := [name for name, share in moved.items() if share == 0]:
+        why = "A part of the network is not optimised. Likely: the optimiser was given the decoder's parameters alone."
+        return failed(f"{len(still)} of {len(moved)} matrices do not move, {still[0]} the first", why)
     if moved[low] < MOVES[0]:
         return failed(figure, f"The steps are too small to get anywhere. Raise --lr (it is {trainer.lr:g}).")
     if moved[high] > MOVES[1]:
@@ -355,11 +317,8 @@ def check_easy(s: Subject) -> Result:
         learnt, figures, steps = overfit(s, name, s.make_task(name), EASY_WEIGHT_MAE)
         taken.append(f"{name} {steps}")
         if not learnt:
-            return failed(
-                f"{name}: {figures}",
-                f"The network cannot overfit even the {name} task. Likely: a learning rate that is off by a factor of "
-                "ten, or an encoder that throws away what the task needs.",
-            )
+            why = f"The network cannot overfit even the {name} task. Likely: a learning rate that is off by a factor "
+            return failed(f"{name}: {figures}", f"{why}of ten, or an encoder that throws away what the task needs.")
     return Result(OK, f"overfit after {', '.join(taken)} steps (at most {STEPS})")
 
 
@@ -393,10 +352,8 @@ def check_control(s: Subject) -> Result:
     accuracy, expected = torch.stack(right).mean().item(), sum(map(float, chances)) / len(chances)
     margin = 4 * math.sqrt(expected * (1 - expected) / (rounds * len(s.pixels)))
     figure = f"{accuracy:.1%} right on fresh noise (chance {expected:.1%} ± {margin:.1%})"
-    why = (
-        "The answer leaks: it can be told without looking at the images. Likely: candidates that are not shuffled, or "
-    )
-    why += "features of the answer among the inputs."
+    why = "The answer leaks: it can be told without looking at the images. Likely: candidates that are not shuffled, "
+    why += "or features of the answer among the inputs."
     return Result(OK, figure) if abs(accuracy - expected) <= margin else failed(figure, why)
 
 

@@ -134,14 +134,14 @@ class Decoder(nn.Module):
 
 
 class ByNumber(nn.Module):
-    """A learned number that may depend on the number of candidates n: start + slope * log(n / 8)."""
+    """A learned number that may depend on the number of candidates n: start + slope * log(n / 64)."""
 
     def __init__(self, start: float, learned: bool = True):
         super().__init__()
         self.start, self.slope = (nn.Parameter(torch.tensor(value), learned) for value in (start, 0.0))
 
     def forward(self, n: int) -> torch.Tensor:
-        return self.start + self.slope * math.log(n / 8)
+        return self.start + self.slope * math.log(n / 64)
 
 
 class Unprojected(nn.Module):

@@ -34,12 +34,12 @@ from harness.download import ARCHIVES
 from harness.errors import RunError, UsageError
 from harness.files import write_json
 from harness.log import Log
-from harness.pictures import draw_kernels, draw_mixtures, draw_neighbours
+from harness.pictures import draw_kernels, draw_mixtures, draw_neighbours, draw_reliability
 from harness.ranks import RANK, RANKS
 from models import DECODERS, build_model
 from tasks import ACTIVATIONS, LOSSES, TASKS, LabelTask, MixupTransform, Question, WeightTask, divergence, settings_of
 
-QUESTION = {"candidates", "sources", "views", "activation", "loss", "symmetric", "contrast", "beta", "crop"}  # options
+QUESTION = {"candidates", "sources", "views", "activation", "loss", "symmetric", "few", "contrast", "beta", "crop"}
 DECODER = {"decoder", "hidden", "temperature"}  # options
 PLUMBING = {"out", "overwrite", "resume", "data_dir", "device", "images", "compile"}  # options that change no figure
 PLUMBING |= {"checkpoint_every", "inspect_every"}
@@ -67,16 +67,13 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     add("--crop", type=command.crop, default=CROP, help="smallest share of an image in a view, give or take its aspect")
     add = parser.add_argument_group("question").add_argument
     add("--task", choices=TASKS, default="mixup", help="`mixup`: how much of each image is in the mixture?")
-    add(
-        "--candidates",
-        type=integer(2, word="batch"),
-        help="how many, or `batch`: all images (default: batch; scale: 3)",
-    )
+    add("--candidates", type=integer(2, word="batch"), help="how many; `batch`: all images (default: batch; scale: 3)")
     add("--sources", type=integer(2), default=2, help="images in a mixture")
     add("--views", action=switch, default=True, help="candidates show another crop, flip and colour than was mixed")
     add("--activation", choices=ACTIVATIONS, default="softmax", help="weights as a distribution, or each by itself")
     add("--loss", choices=LOSSES, default="kl", help="cross-entropy less its floor, or squared error")
     add("--symmetric", action=switch, help="ask both ways, with `--candidates batch` (default: with softmax and kl)")
+    add("--few", action=switch, default=True, help="with `--candidates batch`: ask about a few candidates, too")
     add("--contrast", action="store_true", help="with `--candidates batch`: ask about every view unmixed as well")
     add("--beta", type=command.positive, help="weights from Beta(b, b) (default: uniform)")
     add = parser.add_argument_group("network").add_argument
@@ -109,8 +106,9 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
 
 def make_task(args: argparse.Namespace) -> WeightTask | LabelTask:
     """The task; its number of candidates is noted in `args`. Raises UsageError if the batch is too small for it."""
-    given = vars(args) | {"dist": Beta(args.beta, args.beta) if args.beta else None}
-    names = settings_of(args.task) & given.keys() - ({"candidates"} if args.candidates is None else set())
+    given = vars(args) | {"few": (), "dist": Beta(args.beta, args.beta) if args.beta else None}
+    defaults = {"candidates": args.candidates is None, "few": args.few}  # left to the task
+    names = settings_of(args.task) & given.keys() - {name for name, left in defaults.items() if left}
     task = TASKS[args.task](**{name: given[name] for name in names})
     args.candidates = getattr(task, "candidates", None)
     if isinstance(task, MixupTransform):
@@ -222,17 +220,15 @@ def fit(progress: Progress, train_loader: DataLoader, val_loader: DataLoader, lo
         answers = Answers(fixed) if pictured else None
         progress.references["untrained"] = trainer.evaluate(val_loader, fixed, look=answers)
         with folder.rescued(log.folder, progress.state):
-            log.scalars(
-                "val", 0, {f"curves/{FIGURES[name][0]}": v for name, v in progress.references["untrained"].items()}
-            )
-            look_inside(trainer, val_loader, log, 0, "before")
+            log.scalars("val", 0, curves(progress.references["untrained"]))
+            if args.inspect_every:
+                look_inside(trainer, val_loader, log, 0, "before")
             if answers:
                 draw_mixtures(*answers.first).save(log.folder / "validation.before.png")
         progress.save(log.folder)
 
-    epoch_images = len(train_loader) * args.batch_size
-    bar = tqdm(total=args.epochs * epoch_images, unit="image", unit_scale=True, disable=RANK > 0 or None)
-    bar.update(trainer.taken * args.batch_size)
+    total, done = trainer.steps * args.batch_size, trainer.taken * args.batch_size
+    bar = tqdm(total=total, initial=done, unit="image", unit_scale=True, disable=RANK > 0 or None)
     with bar, command.Interrupts() as interrupts:
 
         def after_step():
@@ -265,6 +261,7 @@ def fit(progress: Progress, train_loader: DataLoader, val_loader: DataLoader, lo
                 if answers:
                     for tag, picked in ("validation", answers.first), ("hardest", answers.hardest()):
                         log.picture("val", f"mixtures/{tag}", draw_mixtures(*picked, **CARD), epoch)
+                    log.picture("val", "mixtures/weights", draw_reliability(*torch.cat(answers.weights, dim=1)), epoch)
                     if seldom or epoch == args.epochs:
                         draw_mixtures(*answers.first).save(log.folder / "validation.png")
                 if seldom:
@@ -296,10 +293,10 @@ def curves(scores: dict[str, float]) -> dict[str, float]:
 
 
 class Answers:
-    """Collects the first and the hardest validation answers to a task, for pictures."""
+    """Collects the first and the hardest validation answers to a task, and all weights, for pictures."""
 
     def __init__(self, task: WeightTask):
-        self.task, self.first, self.examples = task, None, []
+        self.task, self.first, self.examples, self.weights = task, None, [], []
 
     def __call__(self, question: Question, logits: torch.Tensor) -> None:
         """Look at the answers to a question: logits B n."""
@@ -312,6 +309,7 @@ class Answers:
         pick = lambda i: (views[i], asked[question.candidates[i]], question.weights[i], predicted[i])  # noqa: E731
         self.first = self.first or pick(first)
         self.examples += zip(wrong.tolist(), *pick(hardest), strict=True)
+        self.weights.append(torch.stack([question.weights.flatten(), predicted.flatten()]))
 
     def hardest(self) -> tuple[torch.Tensor, ...]:
         """The mixtures with the highest loss, the worst first, as `first` has the first ones: see draw_mixtures."""

@@ -209,9 +209,8 @@ def open_labelled(data: str, size: int, data_dir: str) -> Labelled:
     """The labelled images. Raises UsageError if there are none, too few, or none of a class."""
     listing = list_data(data, data_dir)
     if not listing.classes:
-        raise ValueProblem(
-            "data", data, "has no labels; transfer needs train/CLASS/ and val/CLASS/ in it, or use photos"
-        )
+        problem = "has no labels; transfer needs train/CLASS/ and val/CLASS/ in it, or use photos"
+        raise ValueProblem("data", data, problem)
     images = open_images(listing, size, data_dir)
     labelled = Labelled(images, images.rows("train"), images.rows("val"))
     for name, count in zip(listing.classes, labelled.counts.tolist(), strict=True):
@@ -237,25 +236,17 @@ class Answer:
 
 
 def classify(
-    start: Start,
-    data: Labelled,
-    recipe: argparse.Namespace,
-    seed: int,
-    report: Callable,
-    after_step: Callable | None = None,
+    start: Start, data: Labelled, recipe: argparse.Namespace, seed: int, report: Callable, after_step=None
 ) -> Answer:
-    """One run. `report(epoch, means)` is called after every epoch of training, counted from 1.
-
-    recipe  the options mode, size, epochs, batch_size, lr, encoder_rate, freeze; a torch device; amp, whether in bf16
-    """
+    """One run. `report(epoch, means)` is called after every epoch of training, counted from 1, and `after_step()` after
+    every step. `recipe` holds the options mode, size, epochs, batch_size, lr, encoder_rate, freeze; a torch device;
+    amp, whether in bf16."""
     pixels, labels = data.images.pixels, data.images.labels
     encoder = start.build(seed).to(recipe.device, memory_format=torch.channels_last)
     if start.state is None:
         batches = min(10, max(1, len(data.train) // 2))  # of two images at least
-        parts = (
-            torch.from_numpy(pixels[data.train[i::batches][:WARM_UP_IMAGES]]).to(recipe.device) for i in range(batches)
-        )
-        warm_up_norms(encoder, ((whole_view(images, recipe.size),) for images in parts), recipe.amp)
+        parts = (torch.from_numpy(pixels[data.train[i::batches][:WARM_UP_IMAGES]]) for i in range(batches))
+        warm_up_norms(encoder, ((whole_view(p.to(recipe.device), recipe.size),) for p in parts), recipe.amp)
     model = Classifier(encoder, len(data.counts)).to(recipe.device)
     look = recipe.size, recipe.device, recipe.amp
     if recipe.mode != "finetune" or recipe.freeze:
@@ -298,13 +289,10 @@ def answer_of(logits: torch.Tensor, data: Labelled) -> Answer:
 def knn(
     train: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, counts: torch.Tensor, held: torch.Tensor
 ) -> Answer:
-    """The classes of most of the 20 nearest training images, by the cosine of their features.
-
-    A vote counts by the inverse of how frequent its class is in training. For the classes of the validation images,
-    neighbours are searched among the training images of these classes.
-
-    train N D with labels N, queries M D, counts C (training images of each class), held H (classes of the queries)
-    """
+    """The classes of most of the 20 nearest training images, by the cosine of their features. A vote counts by the
+    inverse of how frequent its class is in training. For the classes of the validation images, neighbours are searched
+    among the training images of these classes. Shapes: train N D with labels N, queries M D, counts C (training images
+    of each class), held H (classes of the queries)."""
     frequency = counts.clamp(min=1)
     votes = _votes(train, labels, queries, len(counts))  # M C
     corrected = votes / frequency
@@ -343,12 +331,11 @@ def show(run: dict, data: Labelled, log: Log) -> None:
     for epoch, means in run["curve"]:
         log.scalars(None, epoch, {f"{run['start']}/seed {run['seed']} {name}": v for name, v in means.items()})
     answer, labels = Answer(**run["answer"]), data.images.labels[data.val]
-    classes, step = data.images.listing.classes, run["seed"]
-    log.picture(None, f"confusion/{run['start']}", draw_confusion(answer.all_classes, labels, classes), step)
-    wrong = (answer.all_classes != labels).nonzero().squeeze(1)
+    classes, said, step = data.images.listing.classes, answer.all_classes, run["seed"]
+    log.picture(None, f"confusion/{run['start']}", draw_confusion(said, labels, classes), step)
+    wrong = (said != labels).nonzero().squeeze(1)
     wrong = wrong[answer.confidence[wrong].argsort(descending=True)][:MISTAKES]
-    said = [f"said {classes[answer.all_classes[i]]} {answer.confidence[i]:.0%}" for i in wrong]
-    captions = [(text, f"is {classes[labels[i]]}") for text, i in zip(said, wrong, strict=True)]
+    captions = [(f"said {classes[said[i]]} {answer.confidence[i]:.0%}", f"is {classes[labels[i]]}") for i in wrong]
     pixels = data.images.pixels[[data.val[i] for i in wrong]]
     log.picture(None, f"mistakes/{run['start']}", draw_sheet(pixels, captions), step)
 
@@ -380,10 +367,8 @@ def print_summary(args: argparse.Namespace, summary: dict, data: Labelled, place
     width = max(len("START"), *map(len, summary)) + 2
     print(f"\n{'START':{width}}" + "".join(f"{title(name, data):>20}" for name in FIGURES) + f"{'time':>14}")
     for start, row in summary.items():
-        cells = []
-        for name in FIGURES:
-            spread = row[f"{name}_std"]
-            cells.append(f"{row[f'{name}_mean']:.1%}" + ("" if spread is None else f" ± {spread:.1%}"))
+        figures = ((row[f"{name}_mean"], row[f"{name}_std"]) for name in FIGURES)
+        cells = [f"{mean:.1%}" + ("" if std is None else f" ± {std:.1%}") for mean, std in figures]
         took = timedelta(seconds=round(row["seconds"]))
         print(f"{start:{width}}" + "".join(f"{cell:>20}" for cell in cells) + f"{took!s:>14}")
     print(f"top-1 on {len(data.val)} images of val/" + (f", mean ± std of {args.runs} runs" if args.runs > 1 else ""))

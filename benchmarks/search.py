@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 HALVES = {"choose": 0, "report": 1}  # the parity of the MD5 of a file's name
 PRECISION = "--amp bf16"  # of every run, as the results that are there were computed
-OURS = "ridge-batch"  # the default of train_pretext.py
+OURS = "ridge-batch"  # the default of train_pretext.py until it asked about few candidates, too
 COMPARED = (OURS, "scratch", "rotation", "first", "contrast", "simclr", "swav")  # recipes of the comparison
 COMPARED_EPOCHS = (0, 30, 100)  # 0: no pretext
 MODES = {  # title: options of train_transfer.py
@@ -62,9 +62,9 @@ class Recipe(NamedTuple):
 
     @property
     def options(self) -> str:
-        """The command as far as it differs from the default's, in Markdown."""
+        """The command as far as it differs from that of OURS, in Markdown."""
         if self.command in (None, RIDGE):
-            return "no pretext" if self.command is None else "the default"
+            return "no pretext" if self.command is None else "`--no-few`, the default then"
         script, *options = self.command.split(" --")
         words = [f"--{option}" for option in options if option not in RIDGE.split(" --")]
         if script != "train_pretext.py":
@@ -72,8 +72,8 @@ class Recipe(NamedTuple):
         return f"`{' '.join(words)}`" + ("" if self.runnable else f" at {LAST}")
 
 
-RIDGE = "train_pretext.py --decoder ridge --candidates batch --symmetric"
-COSINE = "train_pretext.py --decoder cosine --candidates batch --symmetric"
+RIDGE = "train_pretext.py --decoder ridge --candidates batch --symmetric --no-few"
+COSINE = "train_pretext.py --decoder cosine --candidates batch --symmetric --no-few"
 SAME = "no different within the noise"
 PEERS = "benchmarks/peers.py"
 RECIPES = {

@@ -90,11 +90,8 @@ def _photo(name: str) -> Image.Image:
         raise ValueProblem("data", "photos", problem)
     path = Path(package.submodule_search_locations[0], "data", file)
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        raise ValueProblem(
-            "data",
-            "photos",
-            f": {path} is missing or not the known file; install another release of scikit-image (0.22 to 0.26 are "
-            "known to work), or give a folder of images",
-        )
+        problem = f": {path} is missing or not the known file; install another release of scikit-image (0.22 to 0.26 "
+        problem += "are known to work), or give a folder of images"
+        raise ValueProblem("data", "photos", problem)
     with Image.open(path) as image:
         return image.convert("RGB")

@@ -16,10 +16,8 @@ from harness.errors import RunError, UsageError
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are UsageErrors, and whose help shows every default.
-
-    doc  the command's docstring: the first paragraph describes it, the rest follows the options
-    """
+    """An argument parser whose errors are UsageErrors, and whose help shows every default. `doc` is the command's
+    docstring: the first paragraph describes it, the rest follows the options."""
 
     def __init__(self, doc: str):
         description, epilog = doc.split("\n\n", 1)
@@ -53,8 +51,7 @@ def integer(at_least: int, at_most: int = 10**9, word: str | None = None) -> Cal
         if text == word:
             return text
         if not text.lstrip("+-").isdecimal() or not at_least <= int(text) <= at_most:
-            upper = f" to {at_most}" if at_most < 10**9 else " or more"
-            upper += f", nor `{word}`" if word else ""
+            upper = (f" to {at_most}" if at_most < 10**9 else " or more") + (f", nor `{word}`" if word else "")
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {at_least}{upper}")
         return int(text)
 
@@ -90,11 +87,9 @@ def place(text: str) -> str:
 class Interrupts:
     """Inside the block, Ctrl-C and SIGTERM only set `signal`; a second Ctrl-C ends the process at once."""
 
-    signals = (signal.SIGINT, signal.SIGTERM)
-
     def __enter__(self):
         self.signal = None
-        self.before = {number: signal.signal(number, self._note) for number in self.signals}
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _note(self, number, frame):
@@ -126,8 +121,7 @@ def run(main: Callable[[], int | None]) -> None:
         name = f"{error.filename}: " if error.filename else ""
         status, message = 1, f"{name}{error.strerror or error}; the files written before are complete"
     except (MemoryError, RuntimeError) as error:
-        full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not full:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         status, message = 1, "the memory is full; lower --batch-size or --size"
     except KeyboardInterrupt:

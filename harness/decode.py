@@ -12,17 +12,14 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # su
 
 
 def decode(file: Path, side: int) -> np.ndarray:
-    """Any image that Pillow opens, as a person sees it -> side side 3 uint8.
-
-    Resized by the shortest side and cropped to the central square. An animation shows its first frame; EXIF's turn is
-    applied; transparent pixels lie on white; 16-bit and floating-point greys are scaled to 8 bits. Raises what Pillow
-    raises, and ValueError for an image that claims more than 2^26 pixels.
-    """
+    """Any image that Pillow opens, as a person sees it -> side side 3 uint8. Resized by the shortest side and cropped
+    to the central square. An animation shows its first frame; EXIF's turn is applied; transparent pixels lie on white;
+    16-bit and floating-point greys are scaled to 8 bits. Raises what Pillow raises, and ValueError for an image that
+    claims more than 2^26 pixels."""
     with Image.open(file) as image:
         if image.width * image.height > LARGEST_IMAGE:
-            raise ValueError(
-                f"it claims {image.width} x {image.height} px; at most {LARGEST_IMAGE / 1e6:.0f} million fit"
-            )
+            size = f"{image.width} x {image.height} px"
+            raise ValueError(f"it claims {size}; at most {LARGEST_IMAGE / 1e6:.0f} million fit")
         image.draft(None, (side, side))  # large JPEGs are decoded at a reduced scale, never below this
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":

@@ -1,5 +1,6 @@
 """Atomic file writes, locks, and the files below a folder."""
 
+import contextlib
 import csv
 import errno
 import io
@@ -17,7 +18,7 @@ except ImportError:  # Windows
     fcntl = None
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # what a full disk says
-_held = []  # locks of the command that is running
+_held = contextlib.ExitStack()  # locks of the command that is running
 
 
 def unusable(name: str, place: str | Path, error: OSError, needs: str = "") -> Exception:
@@ -28,10 +29,11 @@ def unusable(name: str, place: str | Path, error: OSError, needs: str = "") -> E
     return ValueProblem(name, place, f"cannot be used ({error.strerror}); give another folder")
 
 
-def write(file: str | Path, fill: Callable[[BinaryIO], object]) -> None:
-    """Call `fill(stream)` on a temporary file beside, flush it to the disk, then rename it: never half a file."""
+def write(file: str | Path, fill: Callable[[BinaryIO], object], ending: str = ".part") -> None:
+    """Call `fill(stream)` on a temporary file beside, flush it to the disk, then rename it: never half a file. The
+    temporary file's name has this `ending`."""
     file = Path(file)
-    part = file.with_name(f"{file.name}.part")
+    part = file.with_name(f"{file.name}{ending}")
     try:
         with open(part, "wb") as stream:
             fill(stream)
@@ -67,33 +69,29 @@ def lock(file: str | Path, wait: bool = False) -> IO | None:
     stream = open(file, "w")  # noqa: SIM115
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
+    except OSError as error:
         stream.close()
-        raise
-    except OSError:  # a file system without locks
-        stream.close()
-        return None
+        if isinstance(error, BlockingIOError):
+            raise
+        return None  # a file system without locks
     return stream
 
 
 def hold(file: str | Path) -> None:
     """Lock `file` until `release`, or until this process ends. Raises BlockingIOError if another process has it."""
-    _held.append(lock(file))
+    _held.enter_context(lock(file) or contextlib.nullcontext())
 
 
 def release() -> None:
     """Release what `hold` locked: at the end of a command."""
-    while _held:
-        if stream := _held.pop():
-            stream.close()
+    _held.close()
 
 
 def refuse_inside(images: str, name: str, place: str | Path) -> None:
     """Raises ValueProblem about `name` if files written to `place` would be taken for images of the folder `images`."""
     if Path(images).is_dir() and Path(place).resolve().is_relative_to(Path(images).resolve()):
-        raise ValueProblem(
-            name, place, f"is inside {images}, whose images it would be taken for; give a folder elsewhere"
-        )
+        problem = f"is inside {images}, whose images it would be taken for; give a folder elsewhere"
+        raise ValueProblem(name, place, problem)
 
 
 def files_below(root: Path, skipped: list[tuple[str, str]]) -> Iterator[str]:

@@ -47,7 +47,10 @@ def resume(parser: Parser, args: argparse.Namespace, may_change: set[str]) -> di
     if not isinstance(state, dict) or state.get("script") != Path(sys.argv[0]).stem:
         raise UsageError(f"--resume {folder} was no run of {Path(sys.argv[0]).name}")
     if state.get("format") != FORMAT:
-        raise UsageError(f"--resume {folder}: an older version made this run{_commit(folder)}; resume it with that one")
+        commit = ""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            commit = f" (commit {json.loads((folder / 'settings.json').read_text())['revision'][:12]})"
+        raise UsageError(f"--resume {folder}: an older version made this run{commit}; resume it with that one")
     given = parser.given() - {"resume"}
     for name in sorted(given - may_change):
         flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in sorted(may_change))
@@ -57,13 +60,6 @@ def resume(parser: Parser, args: argparse.Namespace, may_change: set[str]) -> di
     vars(args).update({name: value for name, value in state["settings"].items() if name not in given})
     args.resume, args.out = str(folder), str(folder)
     return state
-
-
-def _commit(folder):
-    """The commit that made a run, in words, if its settings have it."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return f" (commit {json.loads((folder / 'settings.json').read_text())['revision'][:12]})"
-    return ""
 
 
 def check_same(then: dict[str, object], now: dict[str, object], folder: str) -> None:
@@ -132,22 +128,19 @@ def rescued(folder: Path, state: Callable[[], dict]) -> Iterator[None]:
     except BrokenPipeError:  # the reader of the output has gone; the folder is fine
         raise
     except OSError as error:
-        raise _rescue(state(), folder, error) from error
-
-
-def _rescue(state, folder, error):
-    failure = f"{folder} cannot be written to ({error.strerror or error})"
-    for place in (folder.parent, Path.cwd(), Path(tempfile.gettempdir())):
-        other = None
-        try:
-            other = Path(tempfile.mkdtemp(prefix="unmix-rescue-", dir=place))
-            checkpoint.save_last(state, other)
-        except OSError:
-            shutil.rmtree(other or "", ignore_errors=True)
-            continue
-        where = f"the training state is in {other}: mend what is wrong and go on with --resume {other}"
-        return RunError(f"{failure}; {where}")
-    return RunError(f"{failure}, nor can the temporary folder")
+        failure = f"{folder} cannot be written to ({error.strerror or error})"
+        to_save = state()
+        for place in (folder.parent, Path.cwd(), Path(tempfile.gettempdir())):
+            other = None
+            try:
+                other = Path(tempfile.mkdtemp(prefix="unmix-rescue-", dir=place))
+                checkpoint.save_last(to_save, other)
+            except OSError:
+                shutil.rmtree(other or "", ignore_errors=True)
+                continue
+            where = f"the training state is in {other}: mend what is wrong and go on with --resume {other}"
+            raise RunError(f"{failure}; {where}") from error
+        raise RunError(f"{failure}, nor can the temporary folder") from error
 
 
 def _git_revision() -> str | None:

@@ -3,6 +3,7 @@
 Curves with the same name lie in sub-runs (`train`, `val`, `chance`), so that TensorBoard draws them on one chart.
 """
 
+import contextlib
 import csv
 import shutil
 import sys
@@ -21,13 +22,9 @@ HISTOGRAM = 10_000  # values of a layer in a histogram, about
 
 
 class Log:
-    """The history of a run: a row an epoch in `history.csv`, curves and pictures in TensorBoard.
-
-    Only the first rank writes. A sub-run is a sub-folder with event files of its own; None is the run's folder itself.
-
-    folder   of the run
-    history  the rows of earlier epochs if the run is resumed; what was logged after them is withdrawn
-    """
+    """The history of a run in its `folder`: a row an epoch in `history.csv`, curves and pictures in TensorBoard. Only
+    the first rank writes. A sub-run is a sub-folder with event files of its own; None is the run's folder itself. If
+    the run is resumed, `history` has the rows of earlier epochs, and what was logged after them is withdrawn."""
 
     def __init__(self, folder: Path, history: list[dict] | None = None):
         self.folder, self.history = folder, list(history or [])
@@ -90,14 +87,11 @@ class Log:
 
     def close(self) -> None:
         """Bring everything to the disk. An error that is being raised already is not replaced by one of closing."""
-        raising = sys.exc_info()[0] is not None
+        ignored = [OSError] if sys.exc_info()[0] else []
         for file in (*self.writers.values(), self.file):
-            try:
+            with contextlib.suppress(*ignored):
                 if file:
                     file.close()
-            except OSError:
-                if not raising:
-                    raise
 
 
 class _NoWriter:

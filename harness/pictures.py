@@ -59,6 +59,33 @@ def draw_mixtures(
     return sheet
 
 
+def draw_reliability(weights: torch.Tensor, predicted: torch.Tensor, bins: int = 10) -> Image.Image:
+    """Predicted against true weights, M each in [0, 1], in bins of the true weight: mean, central 80 %, mean error."""
+    side, left = 200, 82
+    sheet = Image.new("RGB", (368, side + 48), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    step = (sheet.width - left - GAP) / (bins + 1)
+    y = lambda weight: GAP + side * (1 - min(1, max(0, weight)))  # noqa: E731
+    for weight in (0, 0.5, 1):
+        draw.line((left, y(weight), sheet.width - GAP, y(weight)), FAINT)
+        draw.text((left - 26, y(weight) - 8), f"{weight:g}", INK, _font(12))
+    for text, top in ("predicted", 0), ("true weight", side + 14), ("mean error", side + 30):
+        draw.text((2, top), text, INK, _font(12))
+    number = (weights * bins).ceil().long().clamp(max=bins)  # 0: those that are zero
+    for i in range(bins + 1):
+        x, middle, half = left + (i + 0.5) * step, max(0, i - 0.5) / bins, (i > 0) / 2 / bins
+        draw.line((x - step / 2, y(middle - half), x + step / 2, y(middle + half)), TRUE)
+        draw.text((x - 9, side + 14), f"{middle:.2f}"[1:], INK, _font(12))
+        here = number == i
+        if here.any():
+            low, high = predicted[here].quantile(torch.tensor([0.1, 0.9], device=predicted.device)).tolist()
+            draw.line((x, y(low), x, y(high)), PREDICTED, 5)
+            mean, error = predicted[here].mean().item(), (predicted - weights)[here].abs().mean().item()
+            draw.ellipse((x - 4, y(mean) - 4, x + 4, y(mean) + 4), INK)
+            draw.text((x - 9, side + 30), f"{error:.2f}"[1:], INK, _font(12))
+    return sheet
+
+
 def draw_confusion(predicted: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> Image.Image:
     """A confusion matrix: a row for each class that occurs, a column for each class.
 

@@ -88,11 +88,10 @@ class _Gather(torch.autograd.Function):
 def encode(encoder: nn.Module, *views: torch.Tensor) -> list[torch.Tensor]:
     """Encode several batches of views in one pass: B 3 S S each -> B D each. In training each rank encodes its own rows
     of each batch and gathers the others' features, with their gradients."""
-    if RANKS > 1 and encoder.training:
-        own = [batch[own_rows(len(batch))] for batch in views]
-        parts = encoder(torch.cat(own)).split([len(batch) for batch in own])
-        return [_Gather.apply(part) if dist.is_initialized() else part for part in parts]
-    return list(encoder(torch.cat(views)).split([len(batch) for batch in views]))
+    shared = RANKS > 1 and encoder.training
+    own = [batch[own_rows(len(batch))] for batch in views] if shared else views
+    parts = encoder(torch.cat(own)).split([len(batch) for batch in own])
+    return [_Gather.apply(part) if shared and dist.is_initialized() else part for part in parts]
 
 
 def any_rank(flag: bool) -> bool:

@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from augment import to_pixels
 from harness.log import Log
-from harness.pictures import draw_mixtures
+from harness.pictures import draw_mixtures, draw_reliability
 from tasks import MixupTransform, guess
 
 
@@ -60,3 +60,10 @@ def test_the_picture_shows_mixtures_candidates_and_both_weights(question):
 
 def test_more_examples_than_there_are(question):
     assert drawn(question, question.weights, examples=1000).height > 0
+
+
+def test_reliability_shows_how_far_predictions_are_from_the_truth():
+    true = torch.linspace(0, 1, 101)
+    right, flat = (draw_reliability(true, predicted) for predicted in (true, torch.full((101,), 0.5)))
+    assert right.size == flat.size and 1.2 < right.width / right.height < 2
+    assert np.abs(np.asarray(right, int) - np.asarray(flat, int)).mean() > 1

@@ -73,7 +73,8 @@ def test_a_run_leaves_everything_that_is_promised(pretext):
         assert points == pytest.approx([float(row[f"training_{name}"]) for row in rows], rel=1e-5), name
     val = events(folder / "val")
     assert [image.step for image in val.Images("mixtures/validation")] == [1, 2]
-    assert all(1.2 < e.width / e.height < 2 for e in val.Images("mixtures/hardest"))  # landscape
+    for tag in ("mixtures/hardest", "mixtures/weights"):
+        assert all(1.2 < e.width / e.height < 2 for e in val.Images(tag)), tag  # landscape
 
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert state.keys() >= {"model", "optimizer", "schedule", "history", "settings"}
@@ -101,6 +102,12 @@ def test_every_run_is_asked_the_fixed_question_whatever_it_trains_on(pretext):
     assert float(row["training_loss"]) > float(row["train_loss"])  # of 20 candidates, and of three
     _, other = pretext(out="other")
     assert read(folder)["references"]["chance"] == read(other)["references"]["chance"]
+
+
+def test_without_inspecting_there_is_nothing_to_turn_in_the_projector(pretext):
+    end, folder = pretext("--epochs", 1, "--inspect-every", 0)
+    assert end.status == 0, end.err
+    assert not (folder / "before").exists() and not (folder / "after").exists()
 
 
 def test_same_seed_same_figures_and_every_seed_the_same_validation_question(pretext):
