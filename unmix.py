@@ -102,7 +102,7 @@ def open_run(run: str) -> tuple[Unmixer, dict]:
 def read(file: str, side: int) -> torch.Tensor:
     """An image file -> 3 side side uint8. Raises UsageError if it is no image."""
     try:
-        return torch.from_numpy(decode(Path(file), side)).permute(2, 0, 1)
+        return torch.tensor(decode(Path(file), side)).permute(2, 0, 1)
     except Exception as error:  # damaged files raise many kinds
         raise UsageError(f"{file} cannot be read ({type(error).__name__}: {error})".splitlines()[0]) from error
 

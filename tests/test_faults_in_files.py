@@ -99,7 +99,7 @@ def test_a_large_image_is_decoded_at_a_reduced_scale_and_an_absurd_one_is_refuse
 def test_a_disk_that_fills_up_during_the_run(script, cache, whole, small_disk, monkeypatch):  # noqa: F811
     """A run's folder on a disk too small for its checkpoints: what was trained is saved elsewhere."""
     end = script(
-        "train_pretext.py", "--epochs", 3, "--size", 16, "--batch-size", 256, "--data-dir", cache,
+        "train_pretext.py", "--epochs", 3, "--size", 8, "--batch-size", 256, "--data-dir", cache,
         "--out", small_disk / "run",
     )  # fmt: skip
     assert end.status == 1 and end.err.count("\n") == 1
@@ -125,7 +125,7 @@ def test_an_encoder_of_another_width(script, tmp_path, cache):
 @pytest.mark.slow
 def test_two_hundred_epochs_need_no_more_memory_than_ten(cache, tmp_path):
     """Resident memory of the last ten epochs within 2 % of that after the first ten, and no more open files."""
-    words = ["--epochs", 200, "--size", 16, "--batch-size", 512, "--data-dir", cache, "--out", tmp_path / "run"]
+    words = ["--epochs", 200, "--size", 8, "--batch-size", 512, "--data-dir", cache, "--out", tmp_path / "run"]
     run = subprocess.Popen(
         [sys.executable, ROOT / "train_pretext.py", *map(str, words)], stdout=subprocess.DEVNULL, stderr=-3
     )

@@ -14,7 +14,7 @@ def test_the_task_of_the_docs_trains(script, cache, monkeypatch):
     assert len(code.splitlines()) <= 25
     exec(code, place := vars(tasks).copy())
     monkeypatch.setitem(tasks.TASKS, "flip", place["Flip"])
-    options = ("--task", "flip", "--epochs", 1, "--size", 16, "--batch-size", 256, "--data-dir", cache, "--out", "run")
+    options = ("--task", "flip", "--epochs", 1, "--size", 8, "--batch-size", 256, "--data-dir", cache, "--out", "run")
     end = script("train_pretext.py", *options)
     assert end.status == 0, end.err
     summary = json.loads(Path("run/summary.json").read_text())

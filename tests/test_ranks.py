@@ -111,7 +111,7 @@ def torchrun(*args, ranks=2, **options):
     return subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=240, **options)
 
 
-QUICK = ("--size", 16, "--batch-size", 512, "--amp", "off")
+QUICK = ("--size", 8, "--batch-size", 512, "--amp", "off")
 
 
 def test_as_a_command_and_resumed_with_another_number_of_ranks(cache, tmp_path, script):

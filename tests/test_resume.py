@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from harness import checkpoint
 
 CLOCKS = ("training_images_per_second", "training_memory_mb", "logging_seconds")  # what no run repeats
-QUICK = ("--epochs", 3, "--size", 16, "--batch-size", 256)
+QUICK = ("--epochs", 3, "--size", 8, "--batch-size", 256)
 
 
 def weights(folder):
@@ -214,7 +214,7 @@ def test_what_would_change_the_run_is_refused_by_name(script, stopped, options, 
 
 
 def test_other_data(script, folder):
-    options = ("--epochs", 2, "--size", 16, "--batch-size", 8, "--data-dir", "decoded")
+    options = ("--epochs", 2, "--size", 8, "--batch-size", 8, "--data-dir", "decoded")
     assert script("train_pretext.py", *options, "--data", folder, "--out", "run", "--epochs", 1).status == 0
     (folder / "00.png").unlink()
     end = script("train_pretext.py", "--resume", "run", "--epochs", 2)

@@ -17,7 +17,7 @@ from models import ConvEncoder
 from tasks import MixupTransform
 
 FIGURES = {"curves/loss": "loss", "curves/sources named right": "source_accuracy", "curves/weight error": "weight_mae"}
-QUICK = ("--epochs", 2, "--size", 16, "--batch-size", 256)
+QUICK = ("--epochs", 2, "--size", 8, "--batch-size", 256)
 SUMMARY = {
     "data", "task", "epochs", "train_images", "val_images", "val_loss", "val_source_accuracy", "val_weight_mae",
     "images_per_second", "seconds", "device", "seed",
@@ -170,14 +170,14 @@ def test_the_hardest_answers_are_those_of_the_highest_loss(batch):
 
 
 def test_a_folder_of_ones_own(script, folder):
-    args = ("--epochs", 1, "--batch-size", 16, "--size", 16, "--candidates", 8, "--out", "run")
+    args = ("--epochs", 1, "--batch-size", 16, "--size", 8, "--candidates", 8, "--out", "run")
     end = script("train_pretext.py", "--data", folder, *args)
     assert end.status == 0, end.err
     assert read(Path("run"))["train_images"] == 36 and "40 unsup, no labels" in end.out
 
 
 def test_more_sources_than_validation_images(script, folder):
-    args = ("--batch-size", 16, "--size", 16, "--candidates", "batch", "--sources", 5, "--out", "run")
+    args = ("--batch-size", 16, "--size", 8, "--candidates", "batch", "--sources", 5, "--out", "run")
     end = script("train_pretext.py", "--data", folder, "--epochs", 1, *args)
     assert end.status == 0, end.err
 
@@ -185,13 +185,13 @@ def test_more_sources_than_validation_images(script, folder):
 def test_fewer_training_than_validation_images(script, folder):
     for file in sorted(folder.iterdir())[5:]:
         file.unlink()
-    end = script("train_pretext.py", "--data", folder, "--epochs", 2, "--batch-size", 2, "--size", 16, "--out", "run")
+    end = script("train_pretext.py", "--data", folder, "--epochs", 2, "--batch-size", 2, "--size", 8, "--out", "run")
     assert end.status == 0, end.err
     assert "val_loss" in read(Path("run")) and not events("run/train").Tags()["scalars"].count("curves/loss")
 
 
 def test_batches_of_two(script, folder):
-    end = script("train_pretext.py", "--data", folder, "--epochs", 1, "--batch-size", 2, "--size", 16, "--out", "run")
+    end = script("train_pretext.py", "--data", folder, "--epochs", 1, "--batch-size", 2, "--size", 8, "--out", "run")
     assert end.status == 0, end.err
 
 
@@ -202,7 +202,7 @@ def test_val_is_never_seen(script, labelled, monkeypatch):
     gathered = set()
     collate = data.ImageDataset.collate
     monkeypatch.setattr(data.ImageDataset, "collate", lambda self, rows: gathered.update(rows) or collate(self, rows))
-    end = script("train_pretext.py", "--data", labelled, "--epochs", 3, "--batch-size", 8, "--size", 16, "--out", "run")
+    end = script("train_pretext.py", "--data", labelled, "--epochs", 3, "--batch-size", 8, "--size", 8, "--out", "run")
     assert end.status == 0, end.err
     entries = data.list_data(str(labelled)).entries
     assert gathered and not [row for row in gathered if entries[row].split == "val"]
