@@ -227,10 +227,10 @@ class Trainer:
         for batch, (images, labels) in zip(range(batches), loader, strict=False):
             yield self.ask(self.task, images, labels, generator(self.seed, 0, batch))
 
-    def questions(self, loader: Iterable, task) -> Iterator:
-        """The validation questions. What is asked about a batch depends on its number alone."""
+    def questions(self, loader: Iterable, task, draw: int = 0) -> Iterator:
+        """The validation questions. What is asked about a batch depends on its number and on `draw` alone."""
         for block, (images, labels) in enumerate(loader):
-            yield self.ask(task, images, labels, generator(VALIDATION_SEED, block))
+            yield self.ask(task, images, labels, generator(VALIDATION_SEED + draw, block))
 
     def ask(self, task, images: torch.Tensor, labels: torch.Tensor, rng: torch.Generator):
         """A batch of the loader -> a question, on the device."""
@@ -239,13 +239,13 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(
-        self, loader: Iterable, task, score: Callable | None = None, look: Callable | None = None
+        self, loader: Iterable, task, score: Callable | None = None, look: Callable | None = None, draw: int = 0
     ) -> dict[str, float]:
         """Means over the images of `loader`, in eval mode: the model's scores, or what `score(question)` returns.
         `look(question, logits)` is called with every answer of the model."""
         self.model.eval()
         running = Running(self.device)
-        for question in self.questions(loader, task):
+        for question in self.questions(loader, task, draw):
             logits = None if score else self.logits(question)
             running.add(score(question) if score else task.score(logits, question), len(question.inputs[0]))
             if look:

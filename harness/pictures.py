@@ -46,6 +46,8 @@ def draw_mixtures(
     for i in range(examples):
         left, top = i % columns * width + gap, 20 + i // columns * height
         sheet.paste(_tile(mixtures[i], tile), (left, top))
+        if tile > 60:  # else it would not fit
+            draw.text((left, top + tile + 1), "mixture", INK, _font(12))
         if len(bars) == 2:
             true, answer = weights[i].tolist(), predicted[i].tolist()
             heaviest = sorted(range(n), key=lambda j: -answer[j])[: sum(w > 0 for w in true)]

@@ -1,6 +1,7 @@
 """What the tests share: small folders of real images, and the scripts run as a user runs them."""
 
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,6 +28,15 @@ def cache(tmp_path_factory):
     """A folder for --data-dir in which the bundled photographs are decoded already."""
     folder = tmp_path_factory.mktemp("data")
     open_pretext("photos", 32, folder, 128)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def short_run(tmp_path_factory, cache):
+    """The folder of a short pretext run on the bundled photographs."""
+    folder = tmp_path_factory.mktemp("runs") / "short"
+    words = ["--epochs", 3, "--size", 16, "--batch-size", 128, "--data-dir", cache, "--out", folder]
+    subprocess.run([sys.executable, ROOT / "train_pretext.py", *map(str, words)], check=True, capture_output=True)
     return folder
 
 

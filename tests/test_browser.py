@@ -29,17 +29,6 @@ const found = [];
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, cache):
-    """A short run validated on its own question as well as on the fixed one: its folder."""
-    from conftest import ROOT
-
-    folder = tmp_path_factory.mktemp("runs") / "short"
-    words = ["--epochs", 3, "--size", 16, "--batch-size", 128, "--data-dir", cache, "--out", folder]
-    subprocess.run([sys.executable, ROOT / "train_pretext.py", *map(str, words)], check=True, capture_output=True)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def browser():
     from selenium import webdriver
 
@@ -54,11 +43,11 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def tensorboard(run):
+def tensorboard(short_run):
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    words = ["-m", "tensorboard.main", "--logdir", run.parent, "--port", port, "--load_fast=false"]
+    words = ["-m", "tensorboard.main", "--logdir", short_run.parent, "--port", port, "--load_fast=false"]
     server = subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for _ in range(300):
         with socket.socket() as sock:

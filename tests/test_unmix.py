@@ -7,20 +7,6 @@ import torch
 from PIL import Image
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, cache):
-    """A short pretext run on the bundled photographs."""
-    import subprocess
-    import sys
-
-    from conftest import ROOT
-
-    folder = tmp_path_factory.mktemp("unmix") / "run"
-    words = ["--epochs", 2, "--size", 16, "--batch-size", 128, "--data-dir", cache, "--out", folder, "--lr", 3e-3]
-    subprocess.run([sys.executable, ROOT / "train_pretext.py", *map(str, words)], check=True, capture_output=True)
-    return folder
-
-
 @pytest.fixture
 def photos(tmp_path, patches):
     """Files of images of five classes."""
@@ -38,8 +24,8 @@ def lines_of(end, names):
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
-def test_it_says_how_much_of_each_candidate_is_in_the_mixture(script, run, photos, count):
-    end = script("unmix.py", run, *photos[:count], "--weights", 0.2, 0.8)
+def test_it_says_how_much_of_each_candidate_is_in_the_mixture(script, short_run, photos, count):
+    end = script("unmix.py", short_run, *photos[:count], "--weights", 0.2, 0.8)
     assert end.status == 0, end.err
     table = lines_of(end, photos)
     assert len(table) == count
@@ -48,10 +34,10 @@ def test_it_says_how_much_of_each_candidate_is_in_the_mixture(script, run, photo
     assert np.asarray(Image.open("unmix.png")).std() > 20
 
 
-def test_a_mixture_as_it_is(script, run, photos):
+def test_a_mixture_as_it_is(script, short_run, photos):
     views = [np.asarray(Image.open(file).convert("RGB"), float) for file in photos]
     Image.fromarray((0.3 * views[0] + 0.7 * views[1]).astype(np.uint8)).save("mixed.png")
-    end = script("unmix.py", run, *photos[:3], "--mixture", "mixed.png", "--out", "answer.jpg")
+    end = script("unmix.py", short_run, *photos[:3], "--mixture", "mixed.png", "--out", "answer.jpg")
     assert end.status == 0, end.err
     table = lines_of(end, photos)
     assert all(len(row) == 2 for row in table.values()) and Path("answer.jpg").exists()  # the truth is not known
@@ -59,8 +45,8 @@ def test_a_mixture_as_it_is(script, run, photos):
     assert pixels == pytest.approx([0.3, 0.7, 0.0], abs=0.03)  # the very pixels: least squares solves it
 
 
-def test_the_same_seed_mixes_the_same_views(script, run, photos):
-    outs = [script("unmix.py", run, *photos[:3], "--seed", seed).out for seed in (1, 1, 2)]
+def test_the_same_seed_mixes_the_same_views(script, short_run, photos):
+    outs = [script("unmix.py", short_run, *photos[:3], "--seed", seed).out for seed in (1, 1, 2)]
     assert outs[0] == outs[1] != outs[2]
 
 
@@ -81,38 +67,38 @@ def test_the_same_seed_mixes_the_same_views(script, run, photos):
         ("nowhere to write", "--out nowhere/x.png cannot be used"),
     ],
 )
-def test_bad_input_is_one_line(script, run, photos, tmp_path, case, message):
+def test_bad_input_is_one_line(script, short_run, photos, tmp_path, case, message):
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "empty").mkdir()
     two = photos[:2]
     if case == "labels":
-        state = torch.load(run / "checkpoint.pt", weights_only=True)
+        state = torch.load(short_run / "checkpoint.pt", weights_only=True)
         state["settings"] |= {"task": "rotate", "candidates": None}
         (tmp_path / "labels").mkdir()
         torch.save(state, tmp_path / "labels" / "checkpoint.pt")
     args = {
-        "one image": (run, two[0]),
-        "no file": (run, two[0], "nowhere.jpg"),
-        "no image": (run, two[0], "notes.txt"),
-        "sum": (run, *two, "--weights", 0.3, 0.3),
-        "one weight": (run, *two, "--weights", 1),
-        "too many": (run, *two, "--weights", 0.3, 0.3, 0.4),
-        "both": (run, *two, "--mixture", two[0], "--weights", 0.5, 0.5),
+        "one image": (short_run, two[0]),
+        "no file": (short_run, two[0], "nowhere.jpg"),
+        "no image": (short_run, two[0], "notes.txt"),
+        "sum": (short_run, *two, "--weights", 0.3, 0.3),
+        "one weight": (short_run, *two, "--weights", 1),
+        "too many": (short_run, *two, "--weights", 0.3, 0.3, 0.4),
+        "both": (short_run, *two, "--mixture", two[0], "--weights", 0.5, 0.5),
         "no run": ("nowhere", *two),
         "no checkpoint": ("empty", *two),
         "labels": ("labels", *two),
-        "ending": (run, *two, "--out", "picture"),
-        "nowhere to write": (run, *two, "--out", "nowhere/x.png"),
+        "ending": (short_run, *two, "--out", "picture"),
+        "nowhere to write": (short_run, *two, "--out", "nowhere/x.png"),
     }[case]
     end = script("unmix.py", *args)
     assert end.status == 2 and message in end.err and end.err.count("\n") == 1, end.err
     assert not Path("unmix.png").exists()
 
 
-def test_the_answer_is_that_of_the_runs_settings(script, run, photos, tmp_path):
+def test_the_answer_is_that_of_the_runs_settings(script, short_run, photos, tmp_path):
     """Such as the activation, and the very pixels without views."""
-    end = script("unmix.py", run, *photos[:3])
-    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    end = script("unmix.py", short_run, *photos[:3])
+    state = torch.load(short_run / "checkpoint.pt", weights_only=True)
     state["settings"] |= {"activation": "sigmoid", "views": False}
     (tmp_path / "other").mkdir()
     torch.save(state, tmp_path / "other" / "checkpoint.pt")
@@ -121,4 +107,4 @@ def test_the_answer_is_that_of_the_runs_settings(script, run, photos, tmp_path):
     assert lines_of(end, photos) != lines_of(other, photos)
     pixels = [row[2] for row in lines_of(other, photos).values()]
     assert pixels == pytest.approx([0.3, 0.7, 0.0], abs=0.01)
-    assert json.loads((run / "settings.json").read_text())["settings"]["views"] is True
+    assert json.loads((short_run / "settings.json").read_text())["settings"]["views"] is True
