@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -350,6 +351,10 @@ class EpochOrder(Sampler):
             yield order[start : start + self.batch_size]
 
 
+def _leave_interrupts(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which saves and ends its workers
+
+
 def get_dataloaders(
     images: Images,
     train: Sequence[int],
@@ -373,6 +378,7 @@ def get_dataloaders(
         options = {"pin_memory": True}
         if hasattr(os, "fork"):  # a worker gathers the next batches while the GPU computes
             options |= {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": "fork"}
+            options["worker_init_fn"] = _leave_interrupts
     train, val = ImageDataset(images, train, resident), ImageDataset(images, val, resident)
     blocks = np.array_split(np.arange(len(val)), -(-len(val) // VALIDATION_BLOCK))
     order = EpochOrder(len(train), batch_size, seed)

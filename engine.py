@@ -277,9 +277,9 @@ class Trainer:
         """Go on from what `state` returned; the schedule's length is that of this trainer."""
         fused = self.optimizer.param_groups[0]["fused"]
         self.model.load_state_dict(state["model"])
+        for group in state["optimizer"]["param_groups"]:
+            group["fused"] = fused  # before loading: it says where the step counters belong
         self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["fused"] = fused  # the run may have come from another device
         self.running.restore(state["running"])
         self.taken = state["schedule"]["taken"]
 
@@ -305,7 +305,8 @@ class Trainer:
         outputs = []  # in forward order
 
         def look(name, module, inputs, output):
-            if isinstance(output, torch.Tensor) and not output.isfinite().all():
+            parts = output if isinstance(output, tuple) else (output,)
+            if any(isinstance(part, torch.Tensor) and not part.isfinite().all() for part in parts):
                 outputs.append(name)
 
         hooks = [m.register_forward_hook(partial(look, name)) for name, m in self.model.named_modules() if name]

@@ -120,6 +120,14 @@ def build_encoder(name: str, pretrained: bool = False, size: int | None = None) 
     return encoder.train()
 
 
+def solve(systems: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The solutions of linear systems, G n n and G n m -> G n m, without a wait for a GPU. Apple's GPUs have no solver
+    in many releases of torch: there the CPU solves."""
+    if right.device.type == "mps":
+        return torch.linalg.solve(systems.cpu(), right.cpu()).to(right.device)
+    return torch.linalg.solve_ex(systems, right)[0]
+
+
 class Decoder(nn.Module):
     """The base of the decoders: features of mixtures B D and of asked views A D, candidates B n (rows of A) -> B n.
 
@@ -134,7 +142,8 @@ class Decoder(nn.Module):
 
 
 class ByNumber(nn.Module):
-    """A learned number that may depend on the number of candidates n: start + slope * log(n / 64)."""
+    """A learned number that may depend on the number of candidates n: start + slope * log(n / 64); 64 are the default
+    batch, so a network that is asked about the whole batch alone learns `start` alone."""
 
     def __init__(self, start: float, learned: bool = True):
         super().__init__()
@@ -236,11 +245,11 @@ class RidgeDecoder(Decoder):
             products = mixtures @ asked.T / asked.shape[1]  # B A
             ridge = self.log_ridge(n).exp() * torch.eye(n, device=asked.device)
             if n == A:  # all views are candidates of every mixture, in some order: one system for all
-                solution = torch.linalg.solve_ex(gram + ridge, products.T)[0].T.gather(1, candidates)  # B n
+                solution = solve(gram + ridge, products.T).T.gather(1, candidates)  # B n
             else:
                 gram = gram[candidates[:, :, None], candidates[:, None]]  # B n n
                 products = products.gather(1, candidates)[:, :, None]  # B n 1
-                solution = torch.linalg.solve_ex(gram + ridge, products)[0].squeeze(2)  # B n
+                solution = solve(gram + ridge, products).squeeze(2)  # B n
             x = self.log_sharpness(n).exp() * solution + self.offset(n)
             # The log of softplus(x), which is x itself where x is very negative: so no weight is ever out of reach.
             return torch.where(x > -15, nn.functional.softplus(x.clamp(min=-15)).log(), x)  # B n

@@ -24,7 +24,7 @@ from harness.errors import UsageError, ValueProblem
 ACTIVATIONS = ("softmax", "sigmoid")
 LOSSES = ("kl", "mse")
 SMALLEST_WEIGHT = 1e-3
-FEW = (3, 5, 8, 16, 32)  # candidates of the second table
+FEW = (3, 5, 8, 16, 32)  # how many candidates the extra question about a few may have
 
 
 class Question(NamedTuple):
@@ -172,7 +172,7 @@ class MixupTransform(WeightTask):
         """images B 3 H W uint8 -> Question. Raises UsageError if the batch is smaller than the candidates."""
         B, k, device = len(images), self.sources, images.device
         n = self.candidates
-        if n == "batch":  # in the first table; in the second n
+        if n == "batch":  # the first table has the whole batch, the second n candidates
             fitting = [few for few in self.few if k <= few <= B] or [k]
             n = fitting[int(torch.randint(len(fitting), (), generator=rng))] if self.few else k
         if max(n, k) > B:
@@ -353,7 +353,8 @@ def least_squares(question: Question) -> torch.Tensor:
     """The weights, B n, with which the candidates' pixels come closest to the mixture's: what needs no learning."""
     mixtures = question.mixtures.flatten(1)[:, :, None]  # B P 1
     candidates = question.asked.flatten(1)[question.candidates].transpose(1, 2)  # B P n
-    return torch.linalg.lstsq(candidates, mixtures).solution[:, :, 0]
+    # On the CPU, whose solver takes candidates that are equal, or multiples of each other.
+    return torch.linalg.lstsq(candidates.cpu(), mixtures.cpu()).solution[:, :, 0].to(candidates.device)
 
 
 def guess(question: Question) -> torch.Tensor:

@@ -101,6 +101,8 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     unused = QUESTION - settings - ({"beta"} if "dist" in settings else set())
     unused |= DECODER if issubclass(TASKS[args.task], LabelTask) else set()
     parser.refuse(unused, f"is given, and --task {args.task} has no use for it; leave one of them out")
+    if args.candidates not in (None, "batch"):
+        parser.refuse({"few"}, f"is of `--candidates batch`, not {args.candidates}; leave one of them out")
     return args, folder.resume(parser, args, {"epochs", "device", "checkpoint_every", "inspect_every"})
 
 
@@ -158,7 +160,7 @@ def main() -> None:
     checkpoint.save(model.encoder.state_dict(), place / "encoder.pt")
     summary = {name: vars(args)[name] for name in ("data", "task", "epochs", "seed")}
     summary |= {"train_images": len(train), "val_images": len(val), **final, "references": progress.references}
-    summary |= {"images_per_second": statistics.median(progress.speeds), "seconds": progress.seconds}
+    summary |= {"images_per_second": statistics.median(progress.speeds or [0.0]), "seconds": progress.seconds}
     summary |= {"device": device_name(device), "amp": "bf16" if amp else "off"}
     write_json(summary, place / "summary.json")  # the last file: where it is, the run is complete
     print_summary(summary, place)
@@ -246,12 +248,15 @@ def fit(progress: Progress, train_loader: DataLoader, val_loader: DataLoader, lo
             bar.set_description(f"epoch {epoch}/{args.epochs}")
             clock, before = time.perf_counter(), trainer.taken
             means = trainer.train_epoch(train_loader, epoch - 1, bar, after_step)
-            progress.speeds.append((trainer.taken - before) * args.batch_size / (time.perf_counter() - clock))
+            steps, seconds = trainer.taken - before, time.perf_counter() - clock
+            if steps:  # none is left if the run was stopped after the last one
+                progress.speeds.append(steps * args.batch_size / seconds)
+            speed = progress.speeds[-1] if progress.speeds else 0.0
             answers = Answers(fixed) if pictured else None
             val = trainer.evaluate(val_loader, fixed, look=answers)
             train = trainer.evaluate(trained_loader, fixed) if trained_loader else {}
             training = {name: means[name] for name in ("loss", "learning_rate", "gradient_norm")}
-            training |= {"images_per_second": progress.speeds[-1], "memory_mb": memory(trainer.device)}
+            training |= {"images_per_second": speed, "memory_mb": memory(trainer.device)}
             clock = time.perf_counter()
             with folder.rescued(log.folder, progress.state):
                 for subrun, scores in ("train", train), ("val", val), ("chance", progress.references["chance"]):
@@ -272,9 +277,8 @@ def fit(progress: Progress, train_loader: DataLoader, val_loader: DataLoader, lo
             progress.history = log.history
             progress.save(log.folder)
             scores = ", ".join(f"{FIGURES[name][0]} {value:{FIGURES[name][1]}}" for name, value in val.items())
-            speed = f"{progress.speeds[-1]:.0f} images/s"
             number = f"{epoch:{len(str(args.epochs))}}/{args.epochs}"
-            tqdm.write(f"epoch {number}: training loss {means['loss']:.3f}; validation {scores}; {speed}")
+            tqdm.write(f"epoch {number}: training loss {means['loss']:.3f}; validation {scores}; {speed:.0f} images/s")
 
 
 def training_sample(dataset: ImageDataset, val_loader: DataLoader) -> DataLoader | None:

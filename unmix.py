@@ -5,7 +5,8 @@
     python unmix.py runs/NAME a.jpg b.jpg c.jpg --mixture m.png        a mixture that is there already
 
 RUN is the folder of a run of train_pretext.py. The mixture shows another crop, flip and colour of its sources than the
-candidates do. Beside the network's answer stands that of least squares on the pixels, which has learnt nothing.
+candidates do, unless the run trained without other views. Beside the network's answer stands that of least squares on
+the pixels, which has learnt nothing.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import torch
 
 from augment import augment, generator, to_pixels, whole_view
 from engine import DEVICES, choose_device
-from harness import checkpoint, command
+from harness import checkpoint, command, folder, ranks
 from harness.decode import decode
 from harness.errors import UsageError, ValueProblem
 from harness.files import unusable
@@ -53,6 +54,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Mix, ask, print, draw."""
     args = parse()
+    ranks.refuse_several()
     device = choose_device(args.device)
     model, settings = open_run(args.run)
     size = settings["size"]
@@ -87,9 +89,14 @@ def open_run(run: str) -> tuple[Unmixer, dict]:
     """The network of a pretext run, and its settings. Raises UsageError if there is none."""
     if not Path(run).is_dir():
         raise UsageError(f"{run} is no folder; give that of a run of train_pretext.py")
-    state = checkpoint.load_last(Path(run))
+    file = Path(run, checkpoint.LAST)
+    if not file.is_file():
+        raise UsageError(f"{run} holds no {checkpoint.LAST}; give the folder of a run of train_pretext.py")
+    state = checkpoint.load(file)
     if state.get("script") != "train_pretext":
         raise UsageError(f"{run} was no run of train_pretext.py, whose network answers here")
+    if state.get("format") != folder.FORMAT:
+        raise UsageError(f"an older version made the run {run}; use that version, or train again")
     settings = state["settings"]
     if settings["candidates"] is None:
         raise UsageError(f"{run} learnt --task {settings['task']}, so it cannot tell weights; give a run on mixtures")

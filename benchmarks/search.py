@@ -80,7 +80,7 @@ RECIPES = {
     "scratch": Recipe(0, None, "what an untrained encoder is worth"),
     "rotation": Recipe(1, "train_pretext.py --task rotate", "hardly better than no pretext"),
     "first": Recipe(2, "train_pretext.py --no-views --candidates 3", "solved by the pixels; teaches nothing"),
-    "ridge-batch": Recipe(2, RIDGE, "45 epochs cost as many encodes as 30 of contrast"),
+    "ridge-batch": Recipe(2, RIDGE, "least squares on features, the whole batch as candidates"),
     "symmetric": Recipe(2, COSINE, "cosine instead of ridge: level but for kNN"),
     "pure-50": Recipe(2, f"{COSINE} --pure 0.5", "half of the mixtures hold one image: no gain"),
     "hidden": Recipe(2, f"{COSINE} --hidden 512", f"an MLP as projection, as in SimCLR: {SAME}"),
@@ -149,7 +149,7 @@ def experiment(args: argparse.Namespace, name: str, seed: int) -> None:
     folder = args.runs / file.stem
     result = {"name": name, "epochs": epochs, "seed": seed, "encodes": encodes, "seconds": 0.0, "modes": {}}
     if file.exists():
-        result |= json.loads(file.read_text())
+        result |= json.loads(file.read_text("utf-8"))
     missing = [mode for mode in modes_of(name) if mode not in result["modes"]]
     if not missing:
         return
@@ -164,7 +164,7 @@ def experiment(args: argparse.Namespace, name: str, seed: int) -> None:
             new = [*words, *common, "--out", start, "--overwrite"]
             call([script, *(["--resume", start] if resume else new)], folder / "pretext.log")
         result["command"] = f"python {recipe} {options}"
-        summary = json.loads((start / "summary.json").read_text())
+        summary = json.loads((start / "summary.json").read_text("utf-8"))
         # From the median epoch, so that what else the machine did for a while does not count.
         result["seconds"] = epochs * summary["train_images"] / summary["images_per_second"]
     for mode in missing:
@@ -173,7 +173,7 @@ def experiment(args: argparse.Namespace, name: str, seed: int) -> None:
         options = f"{MODES[mode]} --seed {2 * seed if mode == 'finetune' else seed} {PRECISION}"
         words = ["train_transfer.py", start, *options.split(), *common, "--out", out, "--overwrite"]
         call(words, folder / f"{mode}.log")
-        summary = next(iter(json.loads((out / "summary.json").read_text()).values()))
+        summary = next(iter(json.loads((out / "summary.json").read_text("utf-8")).values()))
         result["device"] = summary["device"]
         line = f"python train_transfer.py {'RUN' if recipe else 'scratch'} {options}"
         found = read_right(out / "predictions.csv")
@@ -196,7 +196,7 @@ def call(words: list, log: Path) -> None:
     with open(log, "w") as stream:
         done = subprocess.run(line, stdout=stream, stderr=stream, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
-        why = (log.read_text().strip().splitlines() or ["it was killed"])[-1]
+        why = (log.read_text("utf-8").strip().splitlines() or ["it was killed"])[-1]
         raise RunError(f"{shlex.join(line)} failed: {why} (see {log})")
 
 
@@ -245,7 +245,7 @@ def difference(ours: list[dict], theirs: list[dict], mode: str, half: str, way: 
 def load() -> dict[tuple[str, int], list[dict]]:
     """(recipe, epochs): its results in the order of their seeds."""
     found = {}
-    results = [json.loads(file.read_text()) for file in RESULTS.glob("*.json")]
+    results = [json.loads(file.read_text("utf-8")) for file in RESULTS.glob("*.json")]
     for result in sorted(results, key=lambda result: result["seed"]):
         found.setdefault((result["name"], result["epochs"]), []).append(result)
     return found
@@ -307,11 +307,11 @@ def write_tables() -> None:
     results = load()
     compared = {(name, n): runs for (name, n), runs in results.items() if name in COMPARED and n in COMPARED_EPOCHS}
     file = ROOT / "RESULTS.md"
-    text = file.read_text()
+    text = file.read_text("utf-8")
     for name, part in {"search": table(results, "choose", brief=True), "comparison": table(compared, "report")}.items():
         start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         text = text[: text.index(start) + len(start)] + part + "\n" + text[text.index(end) :]
-    file.write_text(text)
+    file.write_text(text, "utf-8")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Safe checkpoints: tensors and plain values only, checked by their checksums, the last one and the one before."""
 
+import contextlib
 import io
 import os
 import pickle
@@ -64,7 +65,8 @@ def load_last(folder: Path, warn: Callable[[str], None] = print) -> dict:
             damaged[file] = error
             continue
         for bad, error in damaged.items():
-            bad.rename(bad.with_name(f"{bad.name}.damaged"))
+            with contextlib.suppress(FileNotFoundError):  # another rank has done it
+                bad.rename(bad.with_name(f"{bad.name}.damaged"))
             warn(f"{error}; going on from the one before")
         return state
     raise UsageError(f"{'; '.join(map(str, damaged.values()))}, and there is no other; start the run again")

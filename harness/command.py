@@ -4,6 +4,7 @@ import argparse
 import io
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -50,7 +51,7 @@ def integer(at_least: int, at_most: int = 10**9, word: str | None = None) -> Cal
     def parse(text):
         if text == word:
             return text
-        if not text.lstrip("+-").isdecimal() or not at_least <= int(text) <= at_most:
+        if not re.fullmatch(r"[+-]?\d+", text) or not at_least <= int(text) <= at_most:
             upper = (f" to {at_most}" if at_most < 10**9 else " or more") + (f", nor `{word}`" if word else "")
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {at_least}{upper}")
         return int(text)

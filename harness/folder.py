@@ -25,7 +25,7 @@ from harness.files import hold, refuse_inside, unusable, write_json
 from harness.log import SUBRUNS
 from harness.ranks import RANK
 
-FORMAT = 2  # of the training state; another one whenever older states cannot go on
+FORMAT = 3  # of the training state; another one whenever older states cannot go on
 RUN_FILES = [  # what a run writes; nothing else is removed by --overwrite
     *["settings.json", "settings.resumed-*.json", "history.csv", "summary.json", "predictions.csv", "encoder.pt"],
     *["validation.png", "validation.before.png", "checkpoint.pt*", "checkpoint.new.pt*", "checkpoint.previous.pt*"],
@@ -99,6 +99,8 @@ def make(folder: Path, args: argparse.Namespace, device: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         hold(folder / ".lock")
+        if resumed:
+            (folder / "summary.json").unlink(missing_ok=True)  # a run that has it is complete
         for file in _run_files(folder) if not resumed else []:
             shutil.rmtree(file) if file.is_dir() else file.unlink()
             for parent in file.relative_to(folder).parents[:-1]:

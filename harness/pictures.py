@@ -70,7 +70,8 @@ def draw_reliability(weights: torch.Tensor, predicted: torch.Tensor, bins: int =
     y = lambda weight: GAP + side * (1 - min(1, max(0, weight)))  # noqa: E731
     for weight in (0, 0.5, 1):
         draw.line((left, y(weight), sheet.width - GAP, y(weight)), FAINT)
-        draw.text((left - 26, y(weight) - 8), f"{weight:g}", INK, _font(12))
+        text = f"{weight:g}"
+        draw.text((left - 6 - _font(12).getlength(text), y(weight) - 8), text, INK, _font(12))
     for text, top in ("predicted", 0), ("true weight", side + 14), ("mean error", side + 30):
         draw.text((2, top), text, INK, _font(12))
     number = (weights * bins).ceil().long().clamp(max=bins)  # 0: those that are zero

@@ -123,8 +123,9 @@ def test_an_encoder_of_another_width(script, tmp_path, cache):
 
 
 @pytest.mark.slow
-def test_two_hundred_epochs_need_no_more_memory_than_ten(cache, tmp_path):
-    """Resident memory of the last ten epochs within 2 % of that after the first ten, and no more open files."""
+def test_two_hundred_epochs_need_no_more_memory_than_thirty(cache, tmp_path):
+    """Resident memory of the last ten epochs within 2 % of epochs 20 to 29, and no more open files. Every tenth epoch
+    takes costlier looks, and the memory of the process grows a last time with the second ones."""
     words = ["--epochs", 200, "--size", 8, "--batch-size", 512, "--data-dir", cache, "--out", tmp_path / "run"]
     run = subprocess.Popen(
         [sys.executable, ROOT / "train_pretext.py", *map(str, words)], stdout=subprocess.DEVNULL, stderr=-3
@@ -142,7 +143,7 @@ def test_two_hundred_epochs_need_no_more_memory_than_ten(cache, tmp_path):
         except subprocess.TimeoutExpired:
             continue
     assert run.returncode == 0
-    early = [seen[epoch] for epoch in range(10, 20) if epoch in seen]
+    early = [seen[epoch] for epoch in range(20, 30) if epoch in seen]
     late = [seen[epoch] for epoch in range(190, 200) if epoch in seen]
     memory = [max(rss for rss, _ in some) for some in (early, late)]
     assert abs(memory[1] / memory[0] - 1) < 0.02, memory
