@@ -218,7 +218,8 @@ class MLPDecoder(Decoder):
         self.log_scale = ByNumber(0.0)
 
     def answer(self, mixtures, asked, candidates):
-        mixtures, asked = mixtures[:, None], asked[candidates]  # B 1 P, B n P
+        asked = asked.index_select(0, candidates.flatten()).view(*candidates.shape, -1)  # B n P  see RidgeDecoder
+        mixtures = mixtures[:, None]  # B 1 P
         pair = torch.cat([mixtures * asked, (mixtures - asked).abs()], dim=2)  # B n 2P
         return self.log_scale(candidates.shape[1]).exp() * self.mlp(pair).squeeze(2)  # B n
 
@@ -247,7 +248,8 @@ class RidgeDecoder(Decoder):
             if n == A:  # all views are candidates of every mixture, in some order: one system for all
                 solution = solve(gram + ridge, products.T).T.gather(1, candidates)  # B n
             else:
-                gram = gram[candidates[:, :, None], candidates[:, None]]  # B n n
+                pairs = candidates[:, :, None] * A + candidates[:, None]  # B n n
+                gram = gram.flatten().index_select(0, pairs.flatten()).view_as(pairs)  # B n n  the same sums every time
                 products = products.gather(1, candidates)[:, :, None]  # B n 1
                 solution = solve(gram + ridge, products).squeeze(2)  # B n
             x = self.log_sharpness(n).exp() * solution + self.offset(n)

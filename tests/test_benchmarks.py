@@ -108,7 +108,7 @@ def test_every_recipe_has_a_result():
 
 def test_options_are_those_that_differ_from_the_default():
     options = {name: recipe.options for name, recipe in search.RECIPES.items()}
-    assert options["scratch"] == "no pretext" and options[search.OURS] == "the default"
+    assert options["scratch"] == "no pretext" and options[search.OURS] == "`--no-few`, the default then"
     assert options["contrast"] == "`--decoder cosine --contrast`"
     assert options["simclr-crop-15"] == "`peers.py simclr --crop 0.15`"
     assert options["ridge-pure-50"] == "`--pure 0.5` at 2309333"

@@ -241,3 +241,23 @@ def test_a_hidden_layer(name):
     mixtures, asked = torch.randn(2, 6, 8)
     logits = build_decoder(name, 8, hidden=5)(mixtures, asked, torch.arange(6).expand(6, 6))
     assert logits.shape == (6, 6) and logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_gradient_is_the_same_every_time_with_several_threads(name):
+    """Several threads that add to one number in any order would make two runs of one seed differ."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        torch.manual_seed(0)
+        decoder = build_decoder(name, 32)
+        mixtures, asked = torch.randn(2, 64, 32)
+        few = torch.rand(64, 64).argsort(dim=1)[:, :32]
+        gradients = []
+        for _ in range(20):
+            leaf = asked.clone().requires_grad_()
+            decoder(mixtures, leaf, few).square().sum().backward()
+            gradients.append(leaf.grad)
+        assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+    finally:
+        torch.set_num_threads(threads)
