@@ -35,7 +35,7 @@ def cache(tmp_path_factory):
 def short_run(tmp_path_factory, cache):
     """The folder of a short pretext run on the bundled photographs."""
     folder = tmp_path_factory.mktemp("runs") / "short"
-    words = ["--epochs", 3, "--size", 16, "--batch-size", 128, "--data-dir", cache, "--out", folder]
+    words = ["--epochs", 3, "--size", 8, "--batch-size", 128, "--data-dir", cache, "--out", folder]
     subprocess.run([sys.executable, ROOT / "train_pretext.py", *map(str, words)], check=True, capture_output=True)
     return folder
 

@@ -8,7 +8,7 @@ import torch
 from engine import Trainer
 from models import build_encoder
 
-SMALL = ("--epochs", 2, "--size", 16, "--batch-size", 512, "--width", 64)
+SMALL = ("--epochs", 2, "--size", 8, "--batch-size", 512, "--width", 64)
 
 
 @pytest.mark.parametrize("method", ["simclr", "swav"])

@@ -146,7 +146,7 @@ def test_an_option_that_the_task_has_no_use_for(script, task, option):
 @pytest.mark.parametrize("options", [
     ("--no-views",), ("--activation", "sigmoid"), ("--decoder", "mlp", "--candidates", 4), ("--decoder", "dot"),
     ("--loss", "mse"),
-    ("--encoder", "resnet18", "--epochs", 1, "--batch-size", 512, "--size", 32),
+    ("--encoder", "shufflenet_v2_x0_5", "--epochs", 1, "--batch-size", 512, "--size", 32),
 ])  # fmt: skip
 def test_every_option_trains(pretext, options):
     end, folder = pretext(*options)

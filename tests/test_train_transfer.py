@@ -24,7 +24,7 @@ def pretrained(tmp_path_factory):
     folder.mkdir()
     torch.manual_seed(7)
     torch.save(build_encoder("conv").state_dict(), folder / "encoder.pt")
-    settings = {"settings": {"encoder": "conv", "size": 16, "data": "photos"}}
+    settings = {"settings": {"encoder": "conv", "size": 8, "data": "photos"}}
     (folder / "settings.json").write_text(json.dumps(settings))
     return folder
 
@@ -77,7 +77,7 @@ def test_every_mode_leaves_what_is_promised(transfer, pretrained, mode):
 
 
 def test_one_run_has_no_spread(transfer):
-    end, folder = transfer("scratch", "--mode", "knn", "--size", 16)
+    end, folder = transfer("scratch", "--mode", "knn", "--size", 8)
     assert end.status == 0 and "±" not in end.out
     assert json.loads((folder / "summary.json").read_text())["scratch"]["accuracy_std"] is None
 
@@ -88,7 +88,7 @@ def test_a_start_is_a_folder_or_its_encoder(transfer, pretrained):
     folders, file = json.loads((folder / "summary.json").read_text()).values()
     assert folders["accuracies"] == file["accuracies"]
     settings = json.loads((folder / "settings.json").read_text())["settings"]
-    assert (settings["data"], settings["size"], settings["encoder"]) == ("photos", 16, "conv")  # as it was pretrained
+    assert (settings["data"], settings["size"], settings["encoder"]) == ("photos", 8, "conv")  # as it was pretrained
 
 
 def test_what_is_not_said_is_as_the_start_was_pretrained(transfer, labelled):
@@ -110,7 +110,7 @@ def test_names_that_are_no_text(transfer, labelled):
         (labelled / split / "bee").rename(labelled / split / os.fsdecode(b"b\xe9e"))
     file = next((labelled / "val" / "cow").iterdir())
     file.rename(file.with_name(os.fsdecode(b"caf\xe9.jpg")))
-    end, folder = transfer("scratch", "--data", labelled, "--mode", "knn", "--size", 16)
+    end, folder = transfer("scratch", "--data", labelled, "--mode", "knn", "--size", 8)
     assert end.status == 0, end.err
     rows = list(csv.DictReader((folder / "predictions.csv").open(encoding="utf-8")))
     assert {row["class"] for row in rows} == {r"b\udce9e", "cow"}
@@ -124,13 +124,13 @@ def test_full_memory_is_one_line(transfer, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has …")
 
     monkeypatch.setattr(Trainer, "step", full)
-    end, _ = transfer("scratch", "--mode", "linear", "--size", 16)
+    end, _ = transfer("scratch", "--mode", "linear", "--size", 8)
     assert end.status == 1 and end.err == "train_transfer.py: the memory is full; lower --batch-size or --size\n"
 
 
 def test_what_a_pretext_run_leaves_is_a_start(script, cache):
     end = script(
-        "train_pretext.py", "--epochs", 1, "--size", 16, "--batch-size", 512, "--data-dir", cache, "--out", "pretext"
+        "train_pretext.py", "--epochs", 1, "--size", 8, "--batch-size", 512, "--data-dir", cache, "--out", "pretext"
     )
     assert end.status == 0, end.err
     end = script("train_transfer.py", "pretext", "--mode", "knn", "--data-dir", cache, "--out", "transfer")
@@ -185,7 +185,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(transfer, pretrained, f
     (starts / "damaged" / "encoder.pt").write_bytes(state[:1000])
     (starts / "damaged" / "settings.json").write_text(settings)
     (starts / "other" / "settings.json").write_text(settings.replace("conv", "resnet18"))
-    (starts / "text" / "settings.json").write_text(settings.replace("16", '"16"'))
+    (starts / "text" / "settings.json").write_text(settings.replace("8", '"8"'))
     for file in (labelled / "train" / "bee").iterdir():
         file.write_bytes(b"no image")
     args = {
@@ -241,7 +241,7 @@ def test_stopped_in_its_first_run(transfer, script, monkeypatch):
         return step(self, question, at)
 
     monkeypatch.setattr(Trainer, "step", stop)
-    end, _ = transfer("scratch", "--mode", "linear", "--size", 16)
+    end, _ = transfer("scratch", "--mode", "linear", "--size", 8)
     assert end.status == 130 and "--resume out" in end.err
     monkeypatch.setattr(Trainer, "step", step)
     assert script("train_transfer.py", "--resume", "out").status == 0
