@@ -124,8 +124,10 @@ def test_an_encoder_of_another_width(script, tmp_path, cache):
 
 @pytest.mark.slow
 def test_two_hundred_epochs_need_no_more_memory_than_thirty(cache, tmp_path):
-    """Resident memory of the last ten epochs at most 2 % above epochs 20 to 29, and no more open files. Every tenth epoch
-    takes costlier looks, and the memory of the process grows a last time with the second ones."""
+    """Resident memory of the last ten epochs is at most 2 % above that of epochs 20 to 29, and no more files are open.
+
+    Every tenth epoch takes costlier looks. The memory of the process grows a last time with the second ones.
+    """
     words = ["--epochs", 200, "--size", 16, "--batch-size", 512, "--data-dir", cache, "--out", tmp_path / "run"]
     run = subprocess.Popen(
         [sys.executable, ROOT / "train_pretext.py", *map(str, words)], stdout=subprocess.DEVNULL, stderr=-3
