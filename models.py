@@ -131,8 +131,8 @@ def solve(systems: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 class Decoder(nn.Module):
     """The base of the decoders: features of mixtures B D and of asked views A D, candidates B n (rows of A) -> B n.
 
-    A tuple of several tables of candidates gets a tuple of logits, all from one projection. Decoders have `project`, for
-    B D, A D -> B P, A P, and `answer`, for B P, A P and candidates B n -> logits B n.
+    A tuple of several tables of candidates gets a tuple of logits, all from one projection. Decoders have `project`,
+    for B D, A D -> B P, A P, and `answer`, for B P, A P and candidates B n -> logits B n.
     """
 
     def forward(self, mixtures, asked, candidates):
