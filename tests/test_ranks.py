@@ -29,23 +29,31 @@ class Encoder(nn.Module):  # without batch normalisation
     def forward(self, x):
         return self.net(x).mean(dim=(2, 3))
 
-def main():
-    ranks.start(torch.device("cpu"))
-    out, options = sys.argv[1], json.loads(sys.argv[2])
-    decoder = options.pop("decoder", "ridge")
+def learn(name, decoder="ridge", **options):
     torch.manual_seed(0)
-    task = TASKS[options.pop("name")](size=16, **options)
+    task = TASKS[name](size=16, **options)
     model = Classifier(Encoder(), 4) if task.classes else Unmixer(Encoder(), build_decoder(decoder, 24))
     trainer = Trainer(model, task, lr=1e-3, steps=10, seed=0)
     images = torch.randint(0, 255, (16, 3, 24, 24), dtype=torch.uint8, generator=generator(1))
     model.train()
     scores = trainer.step(task(images, generator(0, 0, 0)), 0)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": scores["loss"].detach(), "gradients": gradients}
+
+def main():
+    ranks.start(torch.device("cpu"))
+    answers = [learn(**options) for options in json.loads(sys.argv[2])]
     if ranks.RANK == 0:
-        state = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        torch.save({"loss": scores["loss"].detach(), "gradients": state}, out)
+        torch.save(answers, sys.argv[1])
 
 command.run(main)
 """
+CASES = [
+    {"name": "mixup", "candidates": "batch"},
+    {"name": "mixup", "candidates": "batch", "symmetric": True, "decoder": "cosine"},
+    {"name": "mixup", "candidates": 5, "decoder": "mlp"},
+    {"name": "rotate"},
+]
 
 
 def free_port():
@@ -64,25 +72,22 @@ def launch(ranks, *args, port=None, **options):
     ]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"name": "mixup", "candidates": "batch"},
-        {"name": "mixup", "candidates": "batch", "symmetric": True, "decoder": "cosine"},
-        {"name": "mixup", "candidates": 5, "decoder": "mlp"},
-        {"name": "rotate"},
-    ],
-    ids=lambda o: f"{o['name']}-{o.get('candidates', '')}-{o.get('decoder', '')}",
-)
-def test_two_ranks_compute_the_loss_and_the_gradients_of_one(tmp_path, options):
-    answers = []
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """What one rank and two ranks compute, for each of CASES."""
+    found = []
     for ranks in (1, 2):
-        file = tmp_path / f"{ranks}.pt"
-        processes = launch(ranks, "-c", WORKER, file, json.dumps(options), stderr=subprocess.PIPE, text=True)
+        file = tmp_path_factory.mktemp("ranks") / "answers.pt"
+        processes = launch(ranks, "-c", WORKER, file, json.dumps(CASES), stderr=subprocess.PIPE, text=True)
         errors = [process.communicate(timeout=120)[1] for process in processes]
         assert [process.returncode for process in processes] == [0] * ranks, errors
-        answers.append(torch.load(file))
-    one, two = answers
+        found.append(torch.load(file))
+    return list(zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=lambda case: "-".join(map(str, CASES[case].values())))
+def test_two_ranks_compute_the_loss_and_the_gradients_of_one(answers, case):
+    one, two = answers[case]
     assert abs(one["loss"] - two["loss"]) < 1e-5
     assert one["gradients"].keys() == two["gradients"].keys()
     for name, gradient in one["gradients"].items():

@@ -148,7 +148,8 @@ def test_killed_at_twenty_moments(cache, tmp_path):
     no_step_twice(tmp_path / "run", epochs)
 
 
-def test_the_projector_shows_features_of_before_and_after(script, stopped):
+def test_what_shows_the_untrained_network_stays(script, stopped):
+    before = (stopped / "validation.before.png").read_bytes()
     for epochs in (3, 4):
         end = script("train_pretext.py", "--resume", stopped, "--epochs", epochs)
         assert end.status == 0, end.err
@@ -156,24 +157,39 @@ def test_the_projector_shows_features_of_before_and_after(script, stopped):
         shown = (stopped / subrun / "projector_config.pbtxt").read_text()
         assert shown.count("tensor_path") == 1 and f"0000{epoch}/features/tensors.tsv" in shown
         assert [folder.name for folder in (stopped / subrun).glob("0*")] == [f"0000{epoch}"]
+    assert (stopped / "validation.before.png").read_bytes() == before != (stopped / "validation.png").read_bytes()
 
 
 def test_more_epochs_go_on_from_a_complete_run(script, cache):
+    """Even if the longer run is killed before its summary is written."""
     assert script("train_pretext.py", *QUICK, "--data-dir", cache, "--out", "run", "--epochs", 1).status == 0
+    summary = Path("run/summary.json").read_text()
     end = script("train_pretext.py", "--resume", "run")
     assert end.status == 2 and "has all of its 1 epochs" in end.err
-    end = script("train_pretext.py", "--resume", "run", "--epochs", 2)
-    assert end.status == 0, end.err
-    no_step_twice(Path("run"), 2)
+    for older in (None, summary):
+        if older:
+            Path("run/summary.json").write_text(older)
+        end = script("train_pretext.py", "--resume", "run", "--epochs", 2)
+        assert end.status == 0 and '"epochs": 2' in Path("run/summary.json").read_text(), end.err
+        no_step_twice(Path("run"), 2)
     assert Path("run/settings.json").exists() and Path("run/settings.resumed-1.json").exists()
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """Where the run lies that `stopped` copies, once it has run."""
+    return tmp_path_factory.mktemp("stopped") / "run"
+
+
 @pytest.fixture
-def stopped(script, cache, stop_after):
+def stopped(script, cache, stop_after, kept):
     """A folder of a run that was stopped in its second epoch."""
-    disarm = stop_after(9)
-    assert script("train_pretext.py", *QUICK, "--data-dir", cache, "--out", "run").status == 143
-    disarm()
+    if not kept.exists():
+        disarm = stop_after(9)
+        assert script("train_pretext.py", *QUICK, "--data-dir", cache, "--out", "run").status == 143
+        disarm()
+        shutil.copytree("run", kept)
+    shutil.copytree(kept, "run", dirs_exist_ok=True)
     return Path("run")
 
 
@@ -315,24 +331,6 @@ def test_a_cache_that_is_removed_during_the_run(script, cache, whole, before_ste
 def test_fewer_epochs_than_are_done_are_refused(script, stopped):
     end = script("train_pretext.py", "--resume", stopped, "--epochs", 1)
     assert end.status == 2 and "the run is in epoch 2 already; 1 --epochs are too few" in end.err
-
-
-def test_a_longer_run_that_was_killed_before_its_summary(script, cache):
-    assert script("train_pretext.py", *QUICK, "--data-dir", cache, "--out", "run", "--epochs", 1).status == 0
-    summary = Path("run/summary.json").read_text()
-    assert script("train_pretext.py", "--resume", "run", "--epochs", 2).status == 0
-    Path("run/summary.json").write_text(summary)
-    end = script("train_pretext.py", "--resume", "run", "--epochs", 2)
-    assert end.status == 0 and '"epochs": 2' in Path("run/summary.json").read_text(), end.err
-
-
-def test_the_picture_before_training_stays(script, cache, stop_after):
-    disarm = stop_after(3)
-    assert script("train_pretext.py", *QUICK, "--data-dir", cache, "--out", "run").status == 143
-    disarm()
-    before = Path("run/validation.before.png").read_bytes()
-    assert script("train_pretext.py", "--resume", "run", "--epochs", 1).status == 0
-    assert Path("run/validation.before.png").read_bytes() == before != Path("run/validation.png").read_bytes()
 
 
 def test_no_checkpoint_is_written_after_a_broken_step(script, cache, monkeypatch):

@@ -94,26 +94,40 @@ def test_a_run_leaves_everything_that_is_promised(pretext):
     assert f"{right:.1%} ± {100 * math.sqrt(right * (1 - right) / 218):.1f} " in end.out
 
 
-def test_every_run_is_asked_the_fixed_question_whatever_it_trains_on(pretext):
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """Where the run of `plain` lies, once it has run."""
+    return tmp_path_factory.mktemp("runs") / "plain"
+
+
+@pytest.fixture
+def plain(pretext, kept):
+    """The folder of a run without an option that changes a figure."""
+    if not kept.exists():
+        end, _ = pretext("--inspect-every", 0, out=kept)
+        assert end.status == 0, end.err
+    return kept
+
+
+def test_every_run_is_asked_the_fixed_question_whatever_it_trains_on(pretext, plain):
     """So the curves of training, validation and chance compare: of one run, and of different ones."""
     end, folder = pretext("--candidates", 20, "--sources", 3, "--beta", 0.4)
     assert end.status == 0, end.err
     row = list(csv.DictReader((folder / "history.csv").open()))[-1]
     assert float(row["training_loss"]) > float(row["train_loss"])  # of 20 candidates, and of three
-    _, other = pretext(out="other")
-    assert read(folder)["references"]["chance"] == read(other)["references"]["chance"]
+    assert read(folder)["references"]["chance"] == read(plain)["references"]["chance"]
 
 
-def test_without_inspecting_there_is_nothing_to_turn_in_the_projector(pretext):
-    end, folder = pretext("--epochs", 1, "--inspect-every", 0)
-    assert end.status == 0, end.err
-    assert not (folder / "before").exists() and not (folder / "after").exists()
+def test_without_inspecting_there_is_nothing_to_turn_in_the_projector(plain):
+    assert (plain / "summary.json").exists()
+    assert not (plain / "before").exists() and not (plain / "after").exists()
 
 
-def test_same_seed_same_figures_and_every_seed_the_same_validation_question(pretext):
-    (_, one), (_, two), (_, other) = pretext(out="one"), pretext(out="two"), pretext("--seed", 1, out="other")
-    assert figures(one) == figures(two)
-    assert torch.equal(*(torch.load(run / "checkpoint.pt")["model"]["decoder.log_ridge.start"] for run in (one, two)))
+def test_same_seed_same_figures_and_every_seed_the_same_validation_question(pretext, plain):
+    """Inspecting a run changes none of its figures."""
+    (_, one), (_, other) = pretext(out="one"), pretext("--seed", 1, out="other")
+    assert figures(one) == figures(plain)
+    assert torch.equal(*(torch.load(run / "checkpoint.pt")["model"]["decoder.log_ridge.start"] for run in (one, plain)))
     assert read(other)["val_loss"] != read(one)["val_loss"]
     # what needs no network depends on the question alone
     for name in ("chance", "least squares on pixels"):
@@ -208,14 +222,20 @@ def test_val_is_never_seen(script, labelled, monkeypatch):
     assert gathered and not [row for row in gathered if entries[row].split == "val"]
 
 
-def test_a_run_is_not_overwritten_unasked(pretext):
+def test_a_run_is_overwritten_if_that_is_asked_for_and_nothing_else_is(pretext):
     _, folder = pretext("--epochs", 1)
-    (folder / "notes.txt").write_text("mine")
     before = read(folder)
     end, _ = pretext("--epochs", 1)
     assert end.status == 2 and "run holds a run already" in end.err and read(folder) == before
-    end, _ = pretext("--epochs", 1, "--overwrite", "--seed", 1)
-    assert end.status == 0 and read(folder)["seed"] == 1 and (folder / "notes.txt").exists()
+    mine = ["checkpoints/mine.pt", "12345/image.png", "settings-mine.json", "train/photo.jpg", "before/00000/mine.txt"]
+    mine = [folder / name for name in (*mine, "notes.txt", "other/events.out.tfevents.1", "other/00000/features/m.tsv")]
+    for file in mine:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine")
+    end, _ = pretext("--epochs", 2, "--overwrite", "--seed", 1)
+    assert end.status == 0 and read(folder)["seed"] == 1, end.err
+    assert all(file.read_text() == "mine" for file in mine)
+    assert {file.name for file in folder.glob("*/0000?")} == {"00000", "00002"}  # nothing of the run of one epoch
     assert len(list(folder.glob("events.out.tfevents.*"))) == 2  # the settings, and the line of the table of runs
     for subrun in ("train", "val", "chance", "before", "after"):
         assert len(list(folder.glob(f"{subrun}/events.out.tfevents.*"))) == 1, subrun
@@ -280,22 +300,6 @@ def test_names_that_are_no_text(pretext, labelled):
     assert end.status == 0, end.err
     names = (folder / "before" / "00000" / "features" / "metadata.tsv").read_text(encoding="utf-8").split()
     assert set(names) <= {rf"{name}\udce9" for name in ("ant", "bee", "cow")} and names
-
-
-def test_overwriting_a_run_leaves_what_is_no_run_s(pretext):
-    end, folder = pretext("--epochs", 1)
-    assert end.status == 0, end.err
-    mine = ["checkpoints/mine.pt", "12345/image.png", "settings-mine.json", "train/photo.jpg", "before/00000/mine.txt"]
-    mine = [folder / name for name in (*mine, "other/events.out.tfevents.1", "other/00000/features/mine.tsv")]
-    for file in mine:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("mine")
-    end, _ = pretext("--epochs", 1, "--overwrite")
-    assert end.status == 0, end.err
-    assert all(file.read_text() == "mine" for file in mine)
-    end, _ = pretext("--epochs", 2, "--overwrite")
-    assert end.status == 0, end.err
-    assert {file.name for file in folder.glob("*/0000?")} == {"00000", "00002"}  # nothing of the run of one epoch
 
 
 def test_memory_that_is_full(capsys):
