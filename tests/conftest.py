@@ -33,9 +33,9 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def short_run(tmp_path_factory, cache):
-    """The folder of a short pretext run on the bundled photographs."""
+    """The folder of a short pretext run on the bundled photographs, which was never stopped."""
     folder = tmp_path_factory.mktemp("runs") / "short"
-    words = ["--epochs", 3, "--size", 8, "--batch-size", 128, "--data-dir", cache, "--out", folder]
+    words = ["--epochs", 3, "--size", 8, "--batch-size", 256, "--data-dir", cache, "--out", folder]
     subprocess.run([sys.executable, ROOT / "train_pretext.py", *map(str, words)], check=True, capture_output=True)
     return folder
 

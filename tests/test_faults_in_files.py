@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 from test_download import small_disk  # noqa: F401
-from test_resume import same, weights, whole  # noqa: F401
+from test_resume import same, weights
 
 import data
 from data import open_images
@@ -96,7 +96,7 @@ def test_a_large_image_is_decoded_at_a_reduced_scale_and_an_absurd_one_is_refuse
         decode(tmp_path / "absurd.png", 32)
 
 
-def test_a_disk_that_fills_up_during_the_run(script, cache, whole, small_disk, monkeypatch):  # noqa: F811
+def test_a_disk_that_fills_up_during_the_run(script, cache, short_run, small_disk, monkeypatch):  # noqa: F811
     """A run's folder on a disk too small for its checkpoints: what was trained is saved elsewhere."""
     end = script(
         "train_pretext.py", "--epochs", 3, "--size", 8, "--batch-size", 256, "--data-dir", cache,
@@ -109,7 +109,7 @@ def test_a_disk_that_fills_up_during_the_run(script, cache, whole, small_disk, m
     assert not rescued.is_relative_to(small_disk)
     end = script("train_pretext.py", "--resume", rescued)
     assert end.status == 0, end.err
-    assert same(weights(rescued), weights(whole))
+    assert same(weights(rescued), weights(short_run))
 
 
 def test_an_encoder_of_another_width(script, tmp_path, cache):

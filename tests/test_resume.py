@@ -48,14 +48,6 @@ def no_step_twice(folder, epochs):
             assert [event.step for event in events.Images("mixtures/validation")] == list(range(1, epochs + 1))
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, cache):
-    """A run that was never stopped."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    subprocess.run(command("--out", folder, cache=cache), check=True, capture_output=True)
-    return folder
-
-
 def command(*args, cache=None):
     words = [sys.executable, ROOT / "train_pretext.py", *(QUICK if cache else ()), *args]
     return [str(word) for word in [*words, *(("--data-dir", cache) if cache else ())]]
@@ -91,7 +83,7 @@ def stop_after(before_step):
 
 
 @pytest.mark.parametrize("steps, number", [(3, signal.SIGTERM), (7, signal.SIGINT), (10, signal.SIGTERM)])
-def test_stopped_and_resumed_is_bit_for_bit_the_same(script, cache, whole, stop_after, steps, number):
+def test_stopped_and_resumed_is_bit_for_bit_the_same(script, cache, short_run, stop_after, steps, number):
     """In the first epoch (7 steps each), in the last step of an epoch, and in the second."""
     disarm = stop_after(steps, number)
     end = script("train_pretext.py", *QUICK, "--data-dir", cache, "--out", "run")
@@ -100,14 +92,14 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(script, cache, whole, stop_
     assert f"stopped after {steps} of 21 steps; go on with: python train_pretext.py --resume run" in end.err
     end = script("train_pretext.py", "--resume", "run")
     assert end.status == 0, end.err
-    assert same(weights("run"), weights(whole))
+    assert same(weights("run"), weights(short_run))
     no_step_twice(Path("run"), 3)
-    mine, theirs = (history(folder) for folder in ("run", whole))
+    mine, theirs = (history(folder) for folder in ("run", short_run))
     for row, other in zip(mine, theirs, strict=True):
         assert {k: v for k, v in row.items() if k not in CLOCKS} == {k: v for k, v in other.items() if k not in CLOCKS}
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(cache, whole, tmp_path):
+def test_a_killed_run_goes_on_from_its_last_checkpoint(script, cache, short_run, tmp_path):
     run = subprocess.Popen(
         command("--out", tmp_path / "run", "--checkpoint-every", 2, cache=cache), stderr=subprocess.DEVNULL
     )
@@ -116,8 +108,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(cache, whole, tmp_path):
         time.sleep(0.01)
     run.kill()
     run.wait()
-    subprocess.run(command("--resume", tmp_path / "run"), check=True, capture_output=True)
-    assert same(weights(tmp_path / "run"), weights(whole))
+    end = script("train_pretext.py", "--resume", tmp_path / "run")
+    assert end.status == 0, end.err
+    assert same(weights(tmp_path / "run"), weights(short_run))
     no_step_twice(tmp_path / "run", 3)
 
 
@@ -193,7 +186,7 @@ def stopped(script, cache, stop_after, kept):
     return Path("run")
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(script, stopped, whole):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(script, stopped, short_run):
     file = stopped / "checkpoint.pt"
     with zipfile.ZipFile(file) as parts:
         largest = max(parts.infolist(), key=lambda part: part.file_size)
@@ -203,7 +196,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(script, stopped, 
     end = script("train_pretext.py", "--resume", stopped)
     assert end.status == 0, end.err
     assert "run/checkpoint.pt is damaged" in end.err and "going on from the one before" in end.err
-    assert same(weights(stopped), weights(whole))
+    assert same(weights(stopped), weights(short_run))
 
 
 def test_nothing_that_can_be_used(script, stopped):
@@ -276,7 +269,7 @@ def test_code_in_a_checkpoint_is_refused(script, stopped, tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_two_runs_in_one_folder(cache, tmp_path):
+def test_two_runs_in_one_folder(script, cache, tmp_path):
     first = subprocess.Popen(
         command("--out", tmp_path / "run", "--epochs", 50, cache=cache), stdout=subprocess.DEVNULL, stderr=-3
     )
@@ -284,17 +277,17 @@ def test_two_runs_in_one_folder(cache, tmp_path):
         while not (tmp_path / "run" / "checkpoint.pt").exists():
             assert first.poll() is None
             time.sleep(0.01)
-        for other in (("--out", tmp_path / "run", "--overwrite"), ("--resume", tmp_path / "run")):
-            words = command(*other, cache=cache if other[0] == "--out" else None)
-            second = subprocess.run(words, capture_output=True, text=True)
-            assert second.returncode == 2 and "another run is writing there" in second.stderr
+        new = (*QUICK, "--data-dir", cache, "--out", tmp_path / "run", "--overwrite")
+        for second in (new, ("--resume", tmp_path / "run")):
+            end = script("train_pretext.py", *second)
+            assert end.status == 2 and "another run is writing there" in end.err
         assert first.poll() is None
     finally:
         first.kill()
         first.wait()
 
 
-def test_a_run_folder_that_is_removed(script, cache, whole, before_step):
+def test_a_run_folder_that_is_removed(script, cache, short_run, before_step):
     disarm = before_step(9, lambda: shutil.rmtree("run"))
     end = script("train_pretext.py", *QUICK, "--data-dir", cache, "--out", "run", "--checkpoint-every", 1)
     disarm()
@@ -303,7 +296,7 @@ def test_a_run_folder_that_is_removed(script, cache, whole, before_step):
     rescued = end.err.split("--resume ")[1].strip()
     end = script("train_pretext.py", "--resume", rescued)
     assert end.status == 0, end.err
-    assert same(weights(rescued), weights(whole))
+    assert same(weights(rescued), weights(short_run))
 
 
 def test_data_that_cannot_be_read_is_not_taken_for_a_folder_that_cannot_be_written_to(script, cache, monkeypatch):
@@ -319,13 +312,13 @@ def test_data_that_cannot_be_read_is_not_taken_for_a_folder_that_cannot_be_writt
     assert not list(Path().glob("unmix-rescue-*"))
 
 
-def test_a_cache_that_is_removed_during_the_run(script, cache, whole, before_step):
+def test_a_cache_that_is_removed_during_the_run(script, cache, short_run, before_step):
     """The open file lives on."""
     shutil.copytree(cache, "decoded", copy_function=shutil.copy2)
     before_step(9, lambda: shutil.rmtree("decoded"))
     end = script("train_pretext.py", *QUICK, "--data-dir", "decoded", "--out", "run")
     assert end.status == 0, end.err
-    assert same(weights("run"), weights(whole))
+    assert same(weights("run"), weights(short_run))
 
 
 def test_fewer_epochs_than_are_done_are_refused(script, stopped):
