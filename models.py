@@ -51,7 +51,7 @@ class ResBlock(nn.Module):
 class ConvEncoder(nn.Module):
     """Convolutions that widen as they halve the picture, residual blocks, then mean and maximum: B 3 S S -> B D."""
 
-    def __init__(self, widths: tuple[int, ...] = (32, 64, 128, 256), blocks: int = 2):
+    def __init__(self, widths: tuple[int, ...] = (32, 64, 128, 256), blocks: int = 1):
         super().__init__()
         self.out_features = 2 * widths[-1]
         self.convs = nn.Sequential(
@@ -97,15 +97,15 @@ def torchvision_encoder(name: str, pretrained: bool = False) -> nn.Module:
     return net
 
 
-def build_encoder(name: str, pretrained: bool = False, size: int | None = None) -> nn.Module:
-    """The encoder of that name, one of `ENCODERS`; `encoder.out_features` is D. Raises UsageError if the name is
-    unknown, if the network cannot be used as an encoder, or if it does not take views of `size` px (None: not
-    checked)."""
+def build_encoder(name: str, pretrained: bool = False, size: int | None = None, blocks: int = 1) -> nn.Module:
+    """The encoder of that name, one of `ENCODERS`; `encoder.out_features` is D. `blocks` are the residual blocks of
+    conv: one, or the two that it had at first. Raises UsageError if the name is unknown, if the network cannot be used
+    as an encoder, or if it does not take views of `size` px (None: not checked)."""
     if name not in ENCODERS:
         close = ", ".join(difflib.get_close_matches(name, ENCODERS, 3) or ["resnet18"])
         problem = f"is unknown: use conv, or a classification network of torchvision, such as {close}"
         raise ValueProblem("encoder", name, problem)
-    encoder = ConvEncoder() if name == "conv" else torchvision_encoder(name, pretrained)
+    encoder = ConvEncoder(blocks=blocks) if name == "conv" else torchvision_encoder(name, pretrained)
     if size is not None:
         try:
             with torch.no_grad():
@@ -118,6 +118,13 @@ def build_encoder(name: str, pretrained: bool = False, size: int | None = None) 
         if features.shape != (1, encoder.out_features):
             raise ValueProblem("encoder", name, f"{OTHER_HEAD}; use another network")
     return encoder.train()
+
+
+def blocks_of(state: dict[str, torch.Tensor]) -> int:
+    """How many residual blocks the weights of a conv encoder have; 1 for those of other encoders."""
+    if "convs.0.0.weight" not in state:
+        return 1
+    return len({name.split(".")[1] for name in state if name.startswith("blocks.")})
 
 
 def solve(systems: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -228,23 +235,26 @@ class MLPDecoder(Decoder):
 class RidgeDecoder(Decoder):
     """Unmixing by hand: the weights with which the candidates' projections come closest to the mixture's.
 
-    Least squares with a learned ridge; solutions that are not positive become weights near zero. Pixels are unmixed
-    like this in remote sensing (Keshava & Mustard 2002); here the encoder learns the space in which it is right. With a
-    large ridge it is a dot product, with none it is exact where features are linear in the pixels.
+    Least squares with a learned ridge, and a learned price on weights that do not sum to one; solutions that are not
+    positive become weights near zero. Pixels are unmixed like this in remote sensing (Keshava & Mustard 2002; the sum
+    as one more equation: Heinz & Chang 2001); here the encoder learns the space in which it is right. With a large
+    ridge it is a dot product, with none it is exact where features are linear in the pixels.
     """
 
     def __init__(self, features: int, hidden: int = 0, projection: int = 256):
         super().__init__()
         self.project = Projection(features, projection, hidden)
         self.log_ridge = ByNumber(math.log(0.3))  # relative to the squared length of a projection
+        self.log_price = ByNumber(0.0)  # of a sum other than one
         self.log_sharpness = ByNumber(math.log(50.0))
         self.offset = ByNumber(-1.0)
 
     def answer(self, mixtures, asked, candidates):
         with torch.autocast(mixtures.device.type, enabled=False):
             A, n = len(asked), candidates.shape[1]
-            gram = asked @ asked.T / asked.shape[1]  # A A
-            products = mixtures @ asked.T / asked.shape[1]  # B A
+            price = self.log_price(n).exp()  # as if projections had one more direction, the same for all
+            gram = asked @ asked.T / asked.shape[1] + price  # A A
+            products = mixtures @ asked.T / asked.shape[1] + price  # B A
             ridge = self.log_ridge(n).exp() * torch.eye(n, device=asked.device)
             if n == A:  # all views are candidates of every mixture, in some order: one system for all
                 solution = solve(gram + ridge, products.T).T.gather(1, candidates)  # B n

@@ -39,7 +39,7 @@ from harness import checkpoint, command, files, folder, ranks
 from harness.errors import RunError, UsageError, ValueProblem
 from harness.log import Log
 from harness.pictures import draw_confusion, draw_sheet
-from models import Classifier, build_encoder
+from models import Classifier, blocks_of, build_encoder
 from tasks import Classify
 
 MODES = ("finetune", "linear", "knn")
@@ -143,13 +143,14 @@ class Start:
     encoder: str  # one of models.ENCODERS
     size: int  # side of a view, px
     data: str  # what it was pretrained on
+    blocks: int = 1  # of conv
     state: dict | None = None  # the encoder's weights; None: random ones
     digest: str = ""  # of the file that holds the weights
 
     def build(self, seed: int) -> nn.Module:
         """The encoder, with `out_features`; from scratch its weights depend on the seed."""
         torch.manual_seed(seed)
-        encoder = build_encoder(self.encoder)
+        encoder = build_encoder(self.encoder, blocks=self.blocks)
         if self.state is not None:
             encoder.load_state_dict(self.state)
         return encoder
@@ -169,7 +170,8 @@ def open_start(word: str) -> Start:
         problem = f"does not say how {file.name} was trained ({type(error).__name__}: {error})"
         raise UsageError(f"{settings_file} {problem}; keep the two files of a run together") from error
     start.state, start.digest = checkpoint.load(file), hashlib.sha256(file.read_bytes()).hexdigest()
-    encoder = build_encoder(start.encoder)
+    start.blocks = blocks_of(start.state)
+    encoder = build_encoder(start.encoder, blocks=start.blocks)
     checkpoint.load_weights(encoder, start.state, f"{file}, an encoder {start.encoder!r} by its settings,")
     return start
 
@@ -179,7 +181,7 @@ def open_starts(args: argparse.Namespace) -> list[Start]:
     pretrained = {word: open_start(word) for word in args.starts if word != "scratch"}
     first = next(iter(pretrained.values()), Start("scratch", "conv", 32, "photos"))
     args.data, args.encoder, args.size = args.data or first.data, args.encoder or first.encoder, args.size or first.size
-    scratch = Start("scratch", args.encoder, args.size, args.data)
+    scratch = Start("scratch", args.encoder, args.size, args.data, first.blocks)
     starts = [pretrained.get(word, scratch) for word in dict.fromkeys(args.starts)]
     for encoder in {start.encoder for start in starts}:
         build_encoder(encoder, size=args.size)  # a wrong size is refused before anything is decoded

@@ -112,14 +112,16 @@ def test_a_disk_that_fills_up_during_the_run(script, cache, short_run, small_dis
     assert same(weights(rescued), weights(short_run))
 
 
-def test_an_encoder_of_another_width(script, tmp_path, cache):
+def test_an_encoder_of_another_shape(script, tmp_path, cache):
     (tmp_path / "start").mkdir()
-    checkpoint.save(ConvEncoder((16, 32, 64, 128)).state_dict(), tmp_path / "start" / "encoder.pt")
+    state = ConvEncoder().state_dict()
+    state["convs.1.0.weight"] = state["convs.1.0.weight"][:3]
+    checkpoint.save(state, tmp_path / "start" / "encoder.pt")
     settings = {"settings": {"encoder": "conv", "size": 16, "data": "photos"}}
     (tmp_path / "start" / "settings.json").write_text(json.dumps(settings))
     end = script("train_transfer.py", tmp_path / "start", "--data-dir", cache, "--out", "out")
     assert end.status == 2 and end.err.count("\n") == 1
-    assert "of another shape: convs.0.0.weight 16x3x3x3 for 32x3x3x3" in end.err
+    assert "of another shape: convs.1.0.weight 3x32x3x3 for 64x32x3x3" in end.err
 
 
 @pytest.mark.slow

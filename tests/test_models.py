@@ -190,7 +190,7 @@ def test_no_weight_of_the_ridge_decoder_is_out_of_reach():
     torch.manual_seed(0)
     decoder = build_decoder("ridge", 16).eval()
     z = torch.randn(2, 16)
-    mixtures, asked = (-z[:1]).requires_grad_(), z
+    mixtures, asked = (-10 * z[:1]).requires_grad_(), z
     logits = decoder(mixtures, asked, torch.tensor([[0, 1]]))
     assert logits[0, 0] < -10 and logits.isfinite().all()
     (gradient,) = torch.autograd.grad(logits[0, 0], mixtures)
