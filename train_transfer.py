@@ -143,9 +143,9 @@ class Start:
     encoder: str  # one of models.ENCODERS
     size: int  # side of a view, px
     data: str  # what it was pretrained on
-    blocks: int = 1  # of conv
     state: dict | None = None  # the encoder's weights; None: random ones
     digest: str = ""  # of the file that holds the weights
+    blocks: int = 1  # of conv
 
     def build(self, seed: int) -> nn.Module:
         """The encoder, with `out_features`; from scratch its weights depend on the seed."""
@@ -181,7 +181,7 @@ def open_starts(args: argparse.Namespace) -> list[Start]:
     pretrained = {word: open_start(word) for word in args.starts if word != "scratch"}
     first = next(iter(pretrained.values()), Start("scratch", "conv", 32, "photos"))
     args.data, args.encoder, args.size = args.data or first.data, args.encoder or first.encoder, args.size or first.size
-    scratch = Start("scratch", args.encoder, args.size, args.data, first.blocks)
+    scratch = Start("scratch", args.encoder, args.size, args.data, blocks=first.blocks)
     starts = [pretrained.get(word, scratch) for word in dict.fromkeys(args.starts)]
     for encoder in {start.encoder for start in starts}:
         build_encoder(encoder, size=args.size)  # a wrong size is refused before anything is decoded
