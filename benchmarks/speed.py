@@ -220,7 +220,7 @@ def ours(args: argparse.Namespace) -> dict:
     """Epochs of train_pretext.py on `args.data`, without the first one, and the share of logging in them."""
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
         words = [*common_options(args, args.data), "--data-dir", Path(args.scratch, "data"), "--out", folder]
-        words += ["--epochs", 2 + max(1, args.seconds // 4)]
+        words += ["--no-grow", "--epochs", 2 + max(1, args.seconds // 4)]
         call("training", Path(__file__).resolve().parents[1] / "train_pretext.py", *words)
         with open(Path(folder, "history.csv"), newline="", encoding="utf-8") as file:
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)][1:]
