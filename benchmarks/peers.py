@@ -6,7 +6,8 @@
     python benchmarks/peers.py --resume runs/swav
     python train_transfer.py runs/simclr runs/swav scratch
 
-Everything else is as in train_pretext.py: data, split, views, encoder, loop, optimiser, schedule and seeds.
+Everything else is as in train_pretext.py with --no-grow --lr 1e-3: data, split, views, encoder, loop, optimiser,
+schedule and seeds.
 """
 
 import argparse
