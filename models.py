@@ -107,17 +107,23 @@ def build_encoder(name: str, pretrained: bool = False, size: int | None = None, 
         raise ValueProblem("encoder", name, problem)
     encoder = ConvEncoder(blocks=blocks) if name == "conv" else torchvision_encoder(name, pretrained)
     if size is not None:
-        try:
-            with torch.no_grad():
-                features = encoder.eval()(torch.zeros(1, 3, size, size))
-        except (RuntimeError, AssertionError, ValueError) as error:
-            problem = f"is too small for the encoder {name}; {USUAL_SIZE} px fit all networks of torchvision"
-            if size > USUAL_SIZE:
-                problem = f"does not fit the encoder {name}, which takes views of {USUAL_SIZE} px only"
-            raise ValueProblem("size", size, problem) from error
-        if features.shape != (1, encoder.out_features):
-            raise ValueProblem("encoder", name, f"{OTHER_HEAD}; use another network")
+        check_size(encoder, name, size)
     return encoder.train()
+
+
+def check_size(encoder: nn.Module, name: str, size: int) -> None:
+    """Raises UsageError if the encoder of that name does not take views of `size` px, or has no features for each. It
+    is in eval mode then."""
+    try:
+        with torch.no_grad():
+            features = encoder.eval()(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        problem = f"is too small for the encoder {name}; {USUAL_SIZE} px fit all networks of torchvision"
+        if size > USUAL_SIZE:
+            problem = f"does not fit the encoder {name}, which takes views of {USUAL_SIZE} px only"
+        raise ValueProblem("size", size, problem) from error
+    if features.shape != (1, encoder.out_features):
+        raise ValueProblem("encoder", name, f"{OTHER_HEAD}; use another network")
 
 
 def blocks_of(state: dict[str, torch.Tensor]) -> int:
@@ -176,6 +182,7 @@ class DotDecoder(Decoder):
         self.project = Unprojected()
 
     def answer(self, mixtures, asked, candidates):
+        """The dot products: B P, A P, B n -> B n."""
         return (mixtures @ asked.T).gather(1, candidates)  # B n
 
 
@@ -212,6 +219,7 @@ class CosineDecoder(Decoder):
         self.log_scale = ByNumber(math.log(10.0 if learned else 1 / temperature), learned)
 
     def answer(self, mixtures, asked, candidates):
+        """The cosines over the temperature: B P, A P, B n -> B n."""
         mixtures, asked = (nn.functional.normalize(z, dim=1) for z in (mixtures, asked))  # B P, A P
         return self.log_scale(candidates.shape[1]).exp() * (mixtures @ asked.T).gather(1, candidates)  # B n
 
@@ -226,6 +234,7 @@ class MLPDecoder(Decoder):
         self.log_scale = ByNumber(0.0)
 
     def answer(self, mixtures, asked, candidates):
+        """What the MLP says of each pair: B P, A P, B n -> B n."""
         asked = asked.index_select(0, candidates.flatten()).view(*candidates.shape, -1)  # B n P  see RidgeDecoder
         mixtures = mixtures[:, None]  # B 1 P
         pair = torch.cat([mixtures * asked, (mixtures - asked).abs()], dim=2)  # B n 2P
@@ -250,6 +259,7 @@ class RidgeDecoder(Decoder):
         self.offset = ByNumber(-1.0)
 
     def answer(self, mixtures, asked, candidates):
+        """The logs of the least-squares weights, made positive: B P, A P, B n -> B n."""
         with torch.autocast(mixtures.device.type, enabled=False):
             A, n = len(asked), candidates.shape[1]
             price = self.log_price(n).exp()  # as if projections had one more direction, the same for all

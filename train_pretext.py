@@ -13,6 +13,7 @@ TensorBoard shows.
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import signal
@@ -31,12 +32,12 @@ from data import PLACES, ImageDataset, Images, get_dataloaders, open_pretext
 from engine import AMP, DEVICES, Trainer, choose_amp, choose_device, device_name, encode_images, memory, warm_up_norms
 from harness import checkpoint, command, folder, ranks
 from harness.download import ARCHIVES
-from harness.errors import RunError, UsageError
+from harness.errors import RunError, UsageError, ValueProblem
 from harness.files import write_json
 from harness.log import Log
 from harness.pictures import draw_kernels, draw_mixtures, draw_neighbours, draw_reliability
 from harness.ranks import RANK, RANKS
-from models import DECODERS, build_encoder, build_model
+from models import DECODERS, build_model, check_size
 from tasks import ACTIVATIONS, LOSSES, TASKS, LabelTask, MixupTransform, Question, WeightTask, divergence, settings_of
 
 QUESTION = {"candidates", "sources", "views", "activation", "loss", "symmetric", "few", "contrast", "beta", "crop"}
@@ -128,12 +129,16 @@ def main() -> None:
     device = ranks.start(choose_device(args.device))
     amp = choose_amp(args.amp, device)
     task = make_task(args)
-    if args.grow:
-        for size in sorted({view_size(epoch, args.epochs, args.size) for epoch in range(1, args.epochs + 1)}):
-            build_encoder(args.encoder, size=size)  # smaller views than it takes are refused
     torch.manual_seed(args.seed)
     decoder = {"hidden": args.hidden, "temperature": args.temperature}
     model = build_model(args.encoder, args.decoder, args.size, task.classes, **decoder)
+    sizes = {view_size(epoch, args.epochs, args.size) for epoch in range(1, args.epochs + 1)} if args.grow else set()
+    for size in sorted(sizes - {args.size}):
+        try:
+            check_size(model.encoder, args.encoder, size)
+        except ValueProblem as error:
+            problem = f"starts with views of {size} px, which the encoder {args.encoder} does not take; leave it out"
+            raise ValueProblem("grow", None, problem) from error
     if args.batch_size % RANKS:
         raise UsageError(f"--batch-size {args.batch_size} is not a multiple of the {RANKS} processes; change one")
     place = folder.choose(args, "pretext")
@@ -217,7 +222,8 @@ def fit(progress: Progress, train_loader: DataLoader, val_loader: DataLoader, lo
     """Every epoch: train, validate, log, save. The validation question is asked about as many training images, too, so
     that its curves can be compared."""
     args, trainer = progress.args, progress.trainer
-    fixed = trainer.task.validation()  # the question that all runs share
+    task = trainer.task
+    fixed = task.validation()  # the question that all runs share; of some tasks the task itself
     pictured = isinstance(fixed, WeightTask) and not RANK
     trained_loader = training_sample(train_loader.dataset, val_loader)
     if not progress.references:
@@ -252,6 +258,7 @@ def fit(progress: Progress, train_loader: DataLoader, val_loader: DataLoader, lo
         for epoch in range(len(progress.history) + 1, args.epochs + 1):
             bar.set_description(f"epoch {epoch}/{args.epochs}")
             if args.grow:
+                trainer.task = copy.copy(task)  # so that the size of the validation question stays
                 trainer.task.size = view_size(epoch, args.epochs, args.size)
             clock, before = time.perf_counter(), trainer.taken
             means = trainer.train_epoch(train_loader, epoch - 1, bar, after_step)
@@ -289,9 +296,9 @@ def fit(progress: Progress, train_loader: DataLoader, val_loader: DataLoader, lo
 
 
 def view_size(epoch: int, epochs: int, size: int) -> int:
-    """The side of the views in an epoch, counted from 1, if they grow: half of `size` in the first half of the epochs,
-    three quarters of it in the third quarter, then `size`; 16 px at least. That is faster, and teaches no less
-    (progressive learning: Tan & Le 2021, section 4)."""
+    """The side of the views in an epoch, px, if they grow: half of `size` in the first half of the epochs, three
+    quarters of it in the third quarter, then `size`; 16 px at least. Small views are faster. Epochs count from 1.
+    Images that grow during training: progressive learning (Tan & Le 2021, section 4)."""
     quarter = math.ceil(4 * epoch / epochs)
     return min(size, max(16, round((0.5, 0.5, 0.75, 1)[quarter - 1] * size)))
 

@@ -326,19 +326,25 @@ def test_who_reads_the_output_may_leave(tmp_path, cache):
     assert not list(tmp_path.glob("unmix-rescue-*"))
 
 
-@pytest.mark.parametrize("options, sizes", [((), [16, 16, 24, 32]), (("--no-grow",), [32] * 4)])
-def test_views_grow_and_the_validation_question_does_not(pretext, monkeypatch, options, sizes):
+GROWN = [16, 16, 24, 32]
+
+
+@pytest.mark.parametrize("options, sizes", [
+    ((), GROWN), (("--no-grow",), [32] * 4), (("--task", "rotate"), GROWN), (("--task", "scale"), GROWN),
+])  # fmt: skip
+def test_views_grow_and_the_validation_question_does_not(script, folder, monkeypatch, options, sizes):
     from engine import Trainer
 
     ask, seen = Trainer.ask, []
 
     def watched(self, task, images, labels, rng):
         question = ask(self, task, images, labels, rng)
-        seen.append((torch.is_grad_enabled(), question.mixtures.shape[-1]))
+        seen.append((torch.is_grad_enabled(), question.inputs[0].shape[-1]))
         return question
 
     monkeypatch.setattr(Trainer, "ask", watched)
-    end, _ = pretext("--epochs", 4, "--size", 32, "--batch-size", 979, "--inspect-every", 0, *options)
+    words = ("--data", folder, "--epochs", 4, "--batch-size", 18, "--inspect-every", 0, "--out", "run")
+    end = script("train_pretext.py", *words, *options)
     assert end.status == 0, end.err
     assert [size for training, size in seen if training][::2] == sizes  # two steps an epoch
     assert {size for training, size in seen if not training} == {32}
@@ -346,7 +352,7 @@ def test_views_grow_and_the_validation_question_does_not(pretext, monkeypatch, o
 
 def test_views_that_would_be_too_small_for_the_encoder(script):
     end = script("train_pretext.py", "--encoder", "vit_b_16", "--size", 224, "--grow")
-    assert end.status == 2 and end.err.count("\n") == 1 and "--size 112 is too small for the encoder" in end.err
+    assert end.status == 2 and end.err.count("\n") == 1 and "--grow starts with views of 112 px" in end.err
 
 
 def test_divergence_is_a_failed_run(pretext):
