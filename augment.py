@@ -1,15 +1,20 @@
-"""Batches of views: random crop, flip and colour, computed on the device that the images are on.
+"""Batches of views: random crop, flip and colour.
 
 Crop, flip and resize are separable, so a view is two matrix products, `rows @ image @ columns.T`, with a triangle
 filter that is as wide as the reduction asks for (no aliasing, whatever the crop). Colour is linear in the pixel, so
 brightness, contrast, saturation, hue and the normalisation are one 3 x 3 matrix and an offset per image.
+
+    draw_views(count, rng)           -> what varies between views, drawn on the CPU
+    make_views(images, size, table)  -> all views of a batch at once, on the device that the images are on
 """
 
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])  # of ImageNet, which pretrained encoders expect
 STD = torch.tensor([0.229, 0.224, 0.225])
@@ -36,25 +41,47 @@ def generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*key))
 
 
-def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a CPU tensor to `device` without making the CPU wait for a GPU."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+def send(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Copy CPU tensors to `device`. To a GPU they go as one pinned copy, for which the CPU does not wait."""
+    if device.type != "cuda" or not tensors:
+        return [tensor.to(device) for tensor in tensors]
+    return unpack(pack(tensors, pinned=True).to(device, non_blocking=True), tensors)
+
+
+def pack(tensors: Sequence[torch.Tensor], pinned: bool = False) -> torch.Tensor:
+    """The bytes of several CPU tensors in one buffer, each begins at a multiple of 8: uint8."""
+    parts = [F.pad(t.contiguous().flatten().view(torch.uint8), (0, -t.nbytes % 8)) for t in tensors]
+    buffer = torch.empty(sum(map(len, parts)), dtype=torch.uint8, pin_memory=pinned)
+    return torch.cat(parts, out=buffer)
+
+
+def unpack(buffer: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors of a buffer that `pack` made, with the shapes and dtypes of `like`. Nothing is copied."""
+    parts = buffer.split([t.nbytes + -t.nbytes % 8 for t in like])
+    return [part[: t.nbytes].view(t.dtype).view(t.shape) for part, t in zip(parts, like, strict=True)]
 
 
 @functools.cache
-def _constants(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """MEAN, STD and GREY on a device, moved there once: a copy in every step would make the CPU wait for a GPU."""
-    return MEAN.to(device), STD.to(device), GREY.to(device)
+def _constants(device: torch.device) -> tuple[torch.Tensor, ...]:
+    """MEAN, STD and GREY on a device, copied once: a copy in every step would make the CPU wait for a GPU."""
+    return MEAN.to(device), STD.to(device), GREY.to(device) / 255, -MEAN.to(device) / STD.to(device)
+
+
+@functools.cache
+def _centres(count: int, device: torch.device) -> torch.Tensor:
+    """The middles of `count` equal parts of [0, 1]: count."""
+    return ((torch.arange(count) + 0.5) / count).to(device)
 
 
 def augment(images: torch.Tensor, size: int, rng: torch.Generator, crop: float = CROP) -> torch.Tensor:
-    """Random views of a batch, crop, flip, colour, drawn per image; normalised: B 3 H W uint8 -> B 3 S S, S = size.
+    """Random views of a batch, crop, flip, colour, drawn per image; normalised: B 3 H H uint8 -> B 3 S S, S = size.
     `crop` is the smallest share of the image that a view shows, in (0, 1]."""
-    B = len(images)
-    draws = torch.rand(B, 10, generator=rng).unbind(1)
+    return make_views(images, size, send([draw_views(len(images), rng, crop)], images.device)[0])[0]
 
+
+def draw_views(count: int, rng: torch.Generator, crop: float = CROP) -> torch.Tensor:
+    """Draw what `augment` varies, for `count` views, on the CPU: a table for `make_views`."""
+    draws = torch.rand(count, 10, generator=rng).unbind(1)
     area = _between(draws[0], crop, 1.0)
     aspect = _between(draws[1], *map(math.log, CROP_ASPECT)).exp()
     width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
@@ -67,72 +94,62 @@ def augment(images: torch.Tensor, size: int, rng: torch.Generator, crop: float =
     saturation = _between(draws[7], 1 - SATURATION, 1 + SATURATION)
     saturation = saturation * (draws[9] >= GREY_SHARE)
     turn = _between(draws[8], -HUE, HUE) * 2 * math.pi
-    rotate = torch.zeros(B, 3, 3)  # of the chroma plane of YIQ
+    rotate = torch.zeros(count, 3, 3)  # of the chroma plane of YIQ
     rotate[:, 0, 0] = 1
     rotate[:, 1, 1] = rotate[:, 2, 2] = turn.cos() * saturation
     rotate[:, 2, 1] = turn.sin() * saturation
     rotate[:, 1, 2] = -rotate[:, 2, 1]
-    colour = FROM_YIQ @ rotate @ TO_YIQ  # B 3 3
+    colour = (brightness * contrast)[:, None, None] * (FROM_YIQ @ rotate @ TO_YIQ)  # N 3 3
+    return draw_boxes(left, width, top, height, colour, brightness * (1 - contrast))
 
-    # One transfer for everything that was drawn.
-    table = torch.cat([t.reshape(B, -1) for t in (left, width, top, height, brightness, contrast, colour)], dim=1)
-    left, width, top, height, brightness, contrast, *colour = send(table, images.device).unbind(1)
-    colour = torch.stack(colour, dim=1).view(B, 3, 3)
 
-    views = _crop(images, left, width, top, height, size)  # B 3 S S in [0, 1]
-    grey = views.mean(dim=(2, 3)) @ _constants(views.device)[2]  # B
-    matrix = (brightness * contrast)[:, None, None] * colour
-    offset = (brightness * (1 - contrast) * grey)[:, None].expand(B, 3)
-    return _affine(views, matrix, offset)
+def draw_boxes(left, width, top, height, colour=None, tint=None) -> torch.Tensor:
+    """A table for `make_views` of N views with given boxes, on the CPU. Left, width, top and height, N each, are shares
+    of the image; a negative width mirrors. `colour`, N 3 3, takes pixels to colours (default: as they are), to which
+    `tint`, N, times the view's mean grey is added."""
+    N = len(left)
+    colour = torch.eye(3).expand(N, 3, 3) if colour is None else colour
+    tint = torch.zeros(N) if tint is None else tint
+    parts = left, top, width, height, colour / (255 * STD[:, None]), tint[:, None] / STD
+    return torch.cat([part.flatten() for part in parts])  # 16 * N
+
+
+def make_views(images: torch.Tensor, size: int, table: torch.Tensor) -> torch.Tensor:
+    """Views of a batch, normalised, from a table with V of each image, on its device: the first of every image, then
+    the second ones, and so on: B 3 H H uint8 -> V B 3 S S, S = size."""
+    B, _, H, W = images.shape
+    N = len(table) // 16
+    V = N // B
+    start, length, colour, tint = table.split([2 * N, 2 * N, 9 * N, 3 * N])
+    # Matrices that resample H pixels to S, along both axes; the filter is a triangle.
+    centre = torch.addcmul(start[:, None], length[:, None], _centres(size, images.device))  # 2N S
+    support = (length.abs() / size).clamp(min=1 / H)[:, None, None]  # half of the filter's width
+    weights = (1 - (centre[:, :, None] - _centres(H, images.device)).abs_().div_(support)).clamp_(min=0)  # 2N S H
+    weights = weights / weights.sum(dim=2, keepdim=True)
+    columns, rows = weights.view(2, V, B, size, H)
+    pixels = images.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)  # B H 3 W
+    rows = rows.transpose(0, 1).reshape(B, V * size, H)
+    views = (rows @ pixels.view(B, H, 3 * W)).view(B, V, size * 3, W)
+    views = (views @ columns.transpose(0, 1).transpose(2, 3)).view(B, V, size, 3, size)  # B V S 3 S, in [0, 255]
+    views = views.permute(1, 0, 3, 2, 4).reshape(N, 3, size * size)
+    _, _, luma, black = _constants(images.device)
+    grey = views.mean(dim=2) @ luma  # N, in [0, 1]
+    offset = torch.addcmul(black, tint.view(N, 3), grey[:, None])
+    return torch.baddbmm(offset[:, :, None], colour.view(N, 3, 3), views).view(V, B, 3, size, size)
 
 
 def whole_view(images: torch.Tensor, size: int) -> torch.Tensor:
-    """The view that evaluation uses: the whole image, resized and normalised: B 3 H W uint8 -> B 3 S S."""
-    zeros, ones = torch.zeros(len(images), device=images.device), torch.ones(len(images), device=images.device)
-    return box_view(images, zeros, ones, zeros, ones, size)
-
-
-def box_view(images, left, width, top, height, size: int) -> torch.Tensor:
-    """Views of one box per image, normalised: B 3 H W uint8 -> B 3 S S. Left, width, top and height, B each, are shares
-    of the image; a negative width mirrors."""
-    B = len(images)
-    matrix = torch.eye(3, device=images.device).expand(B, 3, 3)
-    return _affine(_crop(images, left, width, top, height, size), matrix, torch.zeros(B, 3, device=images.device))
+    """The view that evaluation uses: the whole image, resized and normalised: B 3 H H uint8 -> B 3 S S."""
+    zeros, ones = torch.zeros(len(images)), torch.ones(len(images))
+    return make_views(images, size, *send([draw_boxes(zeros, ones, zeros, ones)], images.device))[0]
 
 
 def to_pixels(views: torch.Tensor) -> torch.Tensor:
     """Undo the normalisation, for pictures: B 3 S S float -> B 3 S S uint8."""
-    mean, std, _ = _constants(views.device)
+    mean, std, _, _ = _constants(views.device)
     pixels = views * std[:, None, None] + mean[:, None, None]
     return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def _between(uniform: torch.Tensor, low: float, high: float) -> torch.Tensor:
     return low + (high - low) * uniform
-
-
-def _crop(images, left, width, top, height, size):
-    """As `box_view`, but B 3 S S float in [0, 1]."""
-    columns = _resampling(left, width, images.shape[3], size)  # B S W
-    rows = _resampling(top, height, images.shape[2], size)  # B S H
-    pixels = images.float() / 255
-    return rows[:, None] @ pixels @ columns[:, None].transpose(2, 3)
-
-
-def _resampling(start, length, pixels, size):
-    """Matrices that resample `pixels` to `size` along an axis, from `start` on for `length`: B S P; rows sum to one."""
-    device = start.device
-    output = (torch.arange(size, device=device) + 0.5) / size  # S
-    centre = (start[:, None] + length[:, None] * output) * pixels  # B S
-    support = (length.abs() * pixels / size).clamp(min=1)  # B
-    taps = torch.arange(pixels, device=device) + 0.5  # P
-    weights = (1 - (centre[:, :, None] - taps).abs() / support[:, None, None]).clamp(min=0)  # B S P
-    return weights / weights.sum(dim=2, keepdim=True)
-
-
-def _affine(views, matrix, offset):
-    """Colour matrix and offset per image, then the normalisation: one product over the pixels."""
-    mean, std, _ = _constants(views.device)
-    matrix = matrix / std[:, None]
-    offset = (offset - mean) / std
-    return torch.baddbmm(offset[:, :, None], matrix, views.flatten(2)).view_as(views)

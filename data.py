@@ -314,39 +314,51 @@ def choose_place(name: str, images: Images, device: torch.device) -> str:
     return "device" if images.pixels.nbytes <= RESIDENT_SHARE * free else "stream"
 
 
-class ImageDataset(Dataset):
-    """Some rows of a data set. An item is just the number of its row: `collate` gathers a whole batch at once, from
-    `resident`, the pixels of all images on a device, N 3 H H uint8; if that is None, from the cache."""
+class Resident(NamedTuple):
+    """All images of a data set on a device."""
 
-    def __init__(self, images: Images, rows: Sequence[int], resident: torch.Tensor | None = None):
-        self.images, self.rows, self.resident = images, rows, resident
+    pixels: torch.Tensor  # N 3 H H uint8
+    labels: torch.Tensor  # N int64
+
+
+class ImageDataset(Dataset):
+    """Some rows of a data set. A batch is gathered at once, by `collate`: from `resident`, where nothing is copied to
+    the device in a step, or if that is None from the cache."""
+
+    def __init__(self, images: Images, rows: Sequence[int], resident: Resident | None = None):
+        self.images, self.rows, self.resident = images, np.asarray(rows, dtype=np.int64), resident
+        if resident is not None:
+            self.resident_rows = torch.from_numpy(self.rows).to(resident.pixels.device)
 
     def __len__(self):
         return len(self.rows)
 
-    def __getitem__(self, i):
-        return self.rows[i]
+    def __getitems__(self, places):
+        return places
 
-    def collate(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Row numbers -> images B 3 H W uint8, labels B int64."""
-        labels = self.images.labels[rows]
+    def collate(self, places: np.ndarray | torch.Tensor | slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places of B images among the rows -> images B 3 H H uint8, labels B int64."""
         if self.resident is None:
-            return torch.from_numpy(self.images.pixels[rows]), labels
-        return self.resident[send(torch.tensor(rows), self.resident.device)], labels
+            rows = self.rows[places]
+            return torch.from_numpy(self.images.pixels[rows]), self.images.labels[rows]
+        rows = self.resident_rows[places]
+        return self.resident.pixels[rows], self.resident.labels[rows]
 
 
 class EpochOrder(Sampler):
     """Full batches in an order that depends on the seed and on `epoch` alone. The loop sets `epoch`, and `first`, the
-    batch to begin with."""
+    batch to begin with. With a `device` the order of a whole epoch is copied there at once."""
 
-    def __init__(self, count: int, batch_size: int, seed: int):
-        self.count, self.batch_size, self.seed, self.epoch, self.first = count, batch_size, seed, 0, 0
+    def __init__(self, count: int, batch_size: int, seed: int, device: torch.device | None = None):
+        self.count, self.batch_size, self.seed, self.device = count, batch_size, seed, device
+        self.epoch, self.first = 0, 0
 
     def __len__(self):
         return self.count // self.batch_size
 
     def __iter__(self):
-        order = torch.randperm(self.count, generator=generator(self.seed, self.epoch)).tolist()
+        order = torch.randperm(self.count, generator=generator(self.seed, self.epoch))
+        order = order.numpy() if self.device is None else send([order], self.device)[0]
         for start in range(self.first * self.batch_size, len(self) * self.batch_size, self.batch_size):
             yield order[start : start + self.batch_size]
 
@@ -373,7 +385,7 @@ def get_dataloaders(
     device = device or torch.device("cpu")
     resident, options = None, {}
     if choose_place(place, images, device) == "device":
-        resident = torch.from_numpy(np.array(images.pixels)).to(device)
+        resident = Resident(torch.from_numpy(np.array(images.pixels)).to(device), images.labels.to(device))
     elif device.type == "cuda":
         options = {"pin_memory": True}
         if hasattr(os, "fork"):  # a worker gathers the next batches while the GPU computes
@@ -381,8 +393,9 @@ def get_dataloaders(
             options["worker_init_fn"] = _leave_interrupts
     train, val = ImageDataset(images, train, resident), ImageDataset(images, val, resident)
     blocks = np.array_split(np.arange(len(val)), -(-len(val) // VALIDATION_BLOCK))
-    order = EpochOrder(len(train), batch_size, seed)
+    blocks = [slice(int(block[0]), int(block[-1]) + 1) for block in blocks]
+    order = EpochOrder(len(train), batch_size, seed, device if resident else None)
     return (
         DataLoader(train, batch_sampler=order, collate_fn=train.collate, **options),
-        DataLoader(val, batch_sampler=[b.tolist() for b in blocks], collate_fn=val.collate, **options),
+        DataLoader(val, batch_sampler=blocks, collate_fn=val.collate, **options),
     )

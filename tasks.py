@@ -1,6 +1,8 @@
 """Pretext tasks: each turns a batch of images into a question with its answer, on the device.
 
-    task(images, rng)            -> question: what the network is shown, and the answer
+    task(images, rng)            -> question: what the network is shown, and the answer; in two steps:
+    task.draw(images, rng)       -> all that is random, drawn on the CPU
+    task.ask(images, drawn)      -> the question, computed on the device of the images without a wait
     model(*question.inputs)      -> logits
     task.score(logits, question) -> {"loss": ..., ...}: scalars, still on the device
     task.validation()            -> the task that a run is validated with, whatever it trained with
@@ -18,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Distribution, Uniform
 
-from augment import CROP, augment, box_view, send
+from augment import CROP, draw_boxes, draw_views, make_views, send
 from harness.errors import UsageError, ValueProblem
 
 ACTIVATIONS = ("softmax", "sigmoid")
@@ -54,10 +56,13 @@ class LabelQuestion(NamedTuple):
 
 
 class Task:
-    """The base of all tasks."""
+    """The base of all tasks. A task has `draw`, `ask` and `score`, see above."""
 
     classes = None  # None: an `Unmixer` answers; a number: a linear head on the encoder, with as many logits
-    takes_labels = False  # whether it is called with labels, too
+
+    def __call__(self, images: torch.Tensor, rng: torch.Generator, labels: torch.Tensor | None = None):
+        """images B 3 H H uint8, and the labels B int64 for a task that uses them -> a question."""
+        return self.ask(images, send(self.draw(images, rng), images.device), labels)
 
     def validation(self) -> "Task":
         """The task that a run is validated with: itself."""
@@ -168,33 +173,44 @@ class MixupTransform(WeightTask):
         self.contrast, self.crop, self.few = contrast, crop, few
         self.dist = dist if dist is not None else Uniform(0.0, 1.0)
 
-    def __call__(self, images: torch.Tensor, rng: torch.Generator) -> Question:
-        """images B 3 H W uint8 -> Question. Raises UsageError if the batch is smaller than the candidates."""
-        B, k, device = len(images), self.sources, images.device
+    def draw(self, images: torch.Tensor, rng: torch.Generator) -> list[torch.Tensor]:
+        """Sources B k and their weights B k, candidates B n and the answer B n, the views. Raises UsageError if the
+        batch is smaller than the candidates."""
+        B, k = len(images), self.sources
         n = self.candidates
         if n == "batch":  # the first table has the whole batch, the second n candidates
             fitting = [few for few in self.few if k <= few <= B] or [k]
             n = fitting[int(torch.randint(len(fitting), (), generator=rng))] if self.few else k
         if max(n, k) > B:
             raise UsageError(f"{max(n, k)} candidates need as many images in a batch, and this one has {B}")
-        rows, weights = (send(drawn, device) for drawn in self.draw(B, n, rng))  # B n, B k
+        rows, weights = self.draw_sources(B, n, rng)  # B n, B k
+        views = draw_views(B * (2 if self.views else 1), rng, self.crop)
+        if self.contrast:  # B more rows, each with one image: 2B n, 2B k
+            alone = F.pad(torch.ones(B, 1), (0, k - 1))
+            rows, weights = rows.repeat(2, 1), torch.cat([weights, alone])
+        order = torch.rand(len(rows), n, generator=rng).argsort(dim=1)
+        answer = F.pad(weights, (0, n - k)).gather(1, order)
+        return [rows[:, :k], weights, rows.gather(1, order), answer, views, torch.arange(B)]
 
-        seen = augment(images, self.size, rng, self.crop)  # B 3 S S  the view that is mixed
-        asked = augment(images, self.size, rng, self.crop) if self.views else seen  # B 3 S S  the view asked about
-        mixtures = sum(weights[:, j, None, None, None] * seen[rows[:, j]] for j in range(k))  # B 3 S S
-        if self.contrast:  # B more rows: 2B 3 S S, 2B n, 2B k
-            alone = F.pad(torch.ones(B, 1, device=device), (0, k - 1))
-            mixtures, rows, weights = torch.cat([mixtures, seen]), rows.repeat(2, 1), torch.cat([weights, alone])
-
-        order = send(torch.rand(len(rows), n, generator=rng).argsort(dim=1), device)
-        few = rows.gather(1, order), F.pad(weights, (0, n - k)).gather(1, order)  # candidates and answer, B n each
+    def ask(self, images: torch.Tensor, drawn: list[torch.Tensor], labels: torch.Tensor | None = None) -> Question:
+        """images B 3 H H uint8 and what `draw` returned, on one device -> Question."""
+        B = len(images)
+        sources, weights, candidates, answer, views, every = drawn
+        seen, *others = make_views(images, self.size, views)  # B 3 S S  the view that is mixed
+        asked = others[0] if others else seen  # B 3 S S  the view asked about
+        parts = seen.flatten(1)[sources[:B]]  # B k 3*S*S
+        mixtures = (weights[:B, None] @ parts).view_as(seen)
+        if self.contrast:
+            mixtures = torch.cat([mixtures, seen])  # 2B 3 S S
         if self.candidates != "batch":
-            return Question(mixtures, asked, *few)
-        every = torch.arange(B, device=device).expand(len(rows), B)
-        whole = every, torch.zeros(len(rows), B, device=device).scatter_(1, rows[:, :k], weights)  # B B each
-        return Question(mixtures, asked, *(zip(whole, few, strict=True) if self.few else whole))
+            return Question(mixtures, asked, candidates, answer)
+        whole = weights.new_zeros(len(weights), B).scatter_(1, sources, weights)  # B B
+        every = every.expand(len(weights), B)
+        if not self.few:
+            return Question(mixtures, asked, every, whole)
+        return Question(mixtures, asked, (every, candidates), (whole, answer))
 
-    def draw(self, B: int, n: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw_sources(self, B: int, n: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of the batch, B n: the k sources, then n - k distractors; the sources' weights, B k."""
         keys = torch.rand(B, B, generator=rng).fill_diagonal_(-1)  # the example itself comes first
         rows = keys.topk(n, dim=1, largest=False).indices
@@ -229,14 +245,18 @@ class Scale(WeightTask):
             raise ValueProblem("candidates", "batch", "is not for scale, which makes its own; give a number, such as 3")
         self.candidates = candidates
 
-    def __call__(self, images: torch.Tensor, rng: torch.Generator) -> Question:
-        """images B 3 H W uint8 -> Question with B * n views that candidates refer to."""
+    def draw(self, images: torch.Tensor, rng: torch.Generator) -> list[torch.Tensor]:
+        """The weights B n, the views, rows of the candidates B n."""
         B, n = len(images), self.candidates
-        weights = send(torch.rand(B, n, generator=rng), images.device)
-        weights = weights / weights.sum(dim=1, keepdim=True)
-        seen = augment(images, self.size, rng)  # B 3 S S
+        weights = torch.rand(B, n, generator=rng)
+        return [weights / weights.sum(dim=1, keepdim=True), draw_views(B, rng), torch.arange(B * n).view(B, n)]
+
+    def ask(self, images: torch.Tensor, drawn: list[torch.Tensor], labels: torch.Tensor | None = None) -> Question:
+        """images B 3 H H uint8 and what `draw` returned -> Question with B * n views that candidates refer to."""
+        weights, views, candidates = drawn
+        seen = make_views(images, self.size, views)[0]  # B 3 S S
         asked = (weights[:, :, None, None, None] * seen[:, None]).flatten(0, 1)  # B*n 3 S S
-        return Question(seen, asked, torch.arange(B * n, device=images.device).view(B, n), weights)
+        return Question(seen, asked, candidates, weights)
 
 
 class LabelTask(Task):
@@ -258,18 +278,23 @@ class LabelTask(Task):
         return {"chance": lambda q: {"loss": torch.tensor(math.log(n)), "accuracy": torch.tensor(1 / n)}}
 
     def draw_labels(self, images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-        """Random labels of a batch: B int64, on the device of the images."""
-        return send(torch.randint(self.classes, (len(images),), generator=rng), images.device)
+        """Random labels of a batch: B int64, on the CPU."""
+        return torch.randint(self.classes, (len(images),), generator=rng)
 
 
 class Quadrant(LabelTask):
     """Which quarter of the image is this? 0 top left, 1 top right, 2 bottom left, 3 bottom right."""
 
-    def __call__(self, images: torch.Tensor, rng: torch.Generator) -> LabelQuestion:
-        """images B 3 H W uint8 -> LabelQuestion."""
-        labels = self.draw_labels(images, rng)
-        half = torch.full((len(images),), 0.5, device=images.device)
-        return LabelQuestion(box_view(images, labels % 2 * half, half, labels // 2 * half, half, self.size), labels)
+    def draw(self, images: torch.Tensor, rng: torch.Generator) -> list[torch.Tensor]:
+        """The quarters B, and views of them."""
+        quarters = self.draw_labels(images, rng)
+        half = torch.full((len(images),), 0.5)
+        return [quarters, draw_boxes(quarters % 2 * half, half, quarters // 2 * half, half)]
+
+    def ask(self, images: torch.Tensor, drawn: list[torch.Tensor], labels: torch.Tensor | None = None) -> LabelQuestion:
+        """images B 3 H H uint8 and what `draw` returned -> LabelQuestion."""
+        quarters, views = drawn
+        return LabelQuestion(make_views(images, self.size, views)[0], quarters)
 
 
 class Rotate(LabelTask):
@@ -279,12 +304,16 @@ class Rotate(LabelTask):
         super().__init__(size)
         self.crop = crop
 
-    def __call__(self, images: torch.Tensor, rng: torch.Generator) -> LabelQuestion:
-        """images B 3 H W uint8 -> LabelQuestion."""
-        labels = self.draw_labels(images, rng)
-        views = augment(images, self.size, rng, self.crop)
-        turned = torch.stack([views.rot90(turns, (2, 3)) for turns in range(self.classes)])  # 4 B 3 S S
-        return LabelQuestion(turned[labels, torch.arange(len(images), device=images.device)], labels)
+    def draw(self, images: torch.Tensor, rng: torch.Generator) -> list[torch.Tensor]:
+        """The turns B, the views, and the numbers of the images."""
+        return [self.draw_labels(images, rng), draw_views(len(images), rng, self.crop), torch.arange(len(images))]
+
+    def ask(self, images: torch.Tensor, drawn: list[torch.Tensor], labels: torch.Tensor | None = None) -> LabelQuestion:
+        """images B 3 H H uint8 and what `draw` returned -> LabelQuestion."""
+        turns, views, rows = drawn
+        views = make_views(images, self.size, views)[0]
+        turned = torch.stack([views.rot90(count, (2, 3)) for count in range(self.classes)])  # 4 B 3 S S
+        return LabelQuestion(turned[turns, rows], turns)
 
 
 class Classify(LabelTask):
@@ -297,19 +326,23 @@ class Classify(LabelTask):
     size    side of a view, px; None if features come in place of images
     """
 
-    takes_labels = True
-
     def __init__(self, counts: torch.Tensor, size: int | None):
         self.classes, self.size = len(counts), size
         self.log_prior = (counts / counts.sum()).log()  # C
 
-    def __call__(self, images: torch.Tensor, rng: torch.Generator, labels: torch.Tensor) -> LabelQuestion:
-        """images B 3 H W uint8 (or features B D), labels B int64 -> LabelQuestion."""
-        return LabelQuestion(augment(images, self.size, rng) if self.size else images, labels)
+    def draw(self, images: torch.Tensor, rng: torch.Generator) -> list[torch.Tensor]:
+        """The views, if any."""
+        return [draw_views(len(images), rng)] if self.size else []
+
+    def ask(self, images: torch.Tensor, drawn: list[torch.Tensor], labels: torch.Tensor | None = None) -> LabelQuestion:
+        """images B 3 H H uint8 (or features B D), labels B int64 -> LabelQuestion."""
+        return LabelQuestion(make_views(images, self.size, *drawn)[0] if self.size else images, labels)
 
     def score(self, logits: torch.Tensor, question: LabelQuestion) -> dict[str, torch.Tensor]:
         """Means over the batch: loss (cross-entropy of the shifted logits, nats) and accuracy."""
-        return super().score(logits + send(self.log_prior, logits.device), question)
+        if self.log_prior.device != logits.device:  # once
+            self.log_prior = self.log_prior.to(logits.device)
+        return super().score(logits + self.log_prior, question)
 
 
 def sample(dist: Distribution, shape: tuple[int, ...], rng: torch.Generator) -> torch.Tensor:
@@ -326,12 +359,9 @@ def divergence(logits: torch.Tensor, weights: torch.Tensor, activation: str) -> 
     """Cross-entropy of the predicted weights, less the entropy of the true ones: B, in nats, 0 when perfect. That is
     the Kullback-Leibler divergence; with "sigmoid", the sum over the candidates, each a yes or no."""
     if activation == "softmax":
-        cross = -(weights * logits.log_softmax(dim=1)).sum(dim=1)  # B
-        entropy = -torch.xlogy(weights, weights).sum(dim=1)
-    else:
-        cross = F.binary_cross_entropy_with_logits(logits, weights, reduction="none").sum(dim=1)
-        entropy = -(torch.xlogy(weights, weights) + torch.xlogy(1 - weights, 1 - weights)).sum(dim=1)
-    return cross - entropy
+        return F.kl_div(logits.log_softmax(dim=1), weights, reduction="none").sum(dim=1)
+    cross = F.binary_cross_entropy_with_logits(logits, weights, reduction="none").sum(dim=1)
+    return cross + (torch.xlogy(weights, weights) + torch.xlogy(1 - weights, 1 - weights)).sum(dim=1)
 
 
 def compare(predicted: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:

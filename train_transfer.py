@@ -237,6 +237,13 @@ class Answer:
         return {name: (vars(self)[way] == labels).float().mean().item() for name, (way, _) in FIGURES.items()}
 
 
+class Features(TensorDataset):
+    """Features and labels on a device; a batch is gathered at once."""
+
+    def __getitems__(self, places):
+        return self[places]
+
+
 def classify(
     start: Start, data: Labelled, recipe: argparse.Namespace, seed: int, report: Callable, after_step=None
 ) -> Answer:
@@ -255,8 +262,9 @@ def classify(
         train, val = (encode_images(encoder, pixels, rows, *look) for rows in (data.train, data.val))  # N D, M D
         if recipe.mode == "knn":
             return knn(train, labels[data.train], val, data.counts, data.held)
-        order = EpochOrder(len(train), min(recipe.batch_size, len(train)), seed)
-        loader = DataLoader(TensorDataset(train, labels[data.train]), batch_sampler=order)
+        features = Features(train.to(recipe.device), labels[data.train].to(recipe.device))
+        order = EpochOrder(len(train), min(recipe.batch_size, len(train)), seed, recipe.device)
+        loader = DataLoader(features, batch_sampler=order, collate_fn=tuple)
         linear = recipe.mode == "linear"
         epochs, heard = (recipe.epochs, report) if linear else (recipe.freeze, lambda epoch, means: None)
         fit(model.head, Classify(data.counts, None), loader, recipe, epochs, seed, False, heard, after_step)

@@ -20,7 +20,7 @@ class _Wrapped:
     def __getattr__(self, name):
         return getattr(self._task, name)
 
-    def __call__(self, images, rng):
+    def __call__(self, images, rng, labels=None):
         question = self._task(images, rng)
         return self._question(question) if self._question and hasattr(question, "weights") else question
 

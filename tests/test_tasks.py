@@ -294,7 +294,7 @@ def test_batches_that_are_smaller_than_the_few(batch, count):
 def _after_drawing(batch):
     """The generator as it is when the views are drawn."""
     rng = generator(0)
-    MixupTransform("batch").draw(len(batch), 2, rng)
+    MixupTransform("batch").draw_sources(len(batch), 2, rng)
     return rng
 
 
