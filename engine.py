@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from augment import generator, seed_of, whole_view
+from augment import generator, pack, seed_of, unpack, whole_view
 from harness.errors import RunError, ValueProblem
 from harness.ranks import RANKS
 
@@ -79,7 +79,7 @@ def make_optimizer(model: nn.Module, lr: float, device: torch.device, encoder_ra
         rate = SCALAR_RATE if parameter.ndim == 0 else encoder_rate if name.startswith("encoder.") else 1.0
         groups.setdefault((rate, WEIGHT_DECAY if is_matrix(parameter) else 0.0), []).append(parameter)
     groups = [{"params": p, "rate": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
-    return torch.optim.AdamW(groups, lr=lr, fused=device.type != "mps")
+    return torch.optim.AdamW(groups, lr=lr, fused=device.type != "mps", capturable=device.type == "cuda")
 
 
 class Running:
@@ -150,12 +150,47 @@ def warm_up_norms(model: nn.Module, inputs: Iterable[tuple[torch.Tensor, ...]], 
             model(*tensors)
 
 
+class Recorded:
+    """Calls functions of tensors on a GPU: the first call with a layout runs as it is, the second is recorded as a CUDA
+    graph, and from then on it is replayed, with new numbers in the same places. So a step is one launch, not hundreds.
+    Where it cannot be recorded, it says so once and runs as it is."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.works, self.calls, self.pool = device, True, {}, None
+
+    def __call__(self, layout: tuple, function: Callable, *arguments: torch.Tensor) -> dict[str, torch.Tensor]:
+        """function(*arguments), which are on the GPU or pinned. `layout` names all that decides its kernels."""
+        if not self.works or layout not in self.calls:
+            self.calls[layout] = None
+            return function(*(part.to(self.device, non_blocking=True) for part in arguments))
+        if self.calls[layout] is None:
+            places = [torch.empty_like(part, device=self.device) for part in arguments]
+            graph = torch.cuda.CUDAGraph()
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            for place, part in zip(places, arguments, strict=True):
+                place.copy_(part, non_blocking=True)
+            try:
+                with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                    scores = function(*places)
+            except RuntimeError as error:
+                self.works = False
+                why = str(error).splitlines()[0]
+                tqdm.write(f"note: the kernels of a step are launched one by one, it cannot be recorded: {why}")
+                return function(*places)
+            self.calls[layout] = graph, places, scores
+        graph, places, scores = self.calls[layout]
+        for place, part in zip(places, arguments, strict=True):
+            place.copy_(part, non_blocking=True)
+        graph.replay()
+        return scores
+
+
 @dataclass(eq=False)
 class Trainer:
     """A model that learns a task."""
 
     model: nn.Module  # called as model(*question.inputs)
-    task: Callable  # task(images, rng) -> question, task.score(logits, question) -> {"loss": ...}; see tasks.py
+    task: Callable  # of tasks.py, or one like them
     _: KW_ONLY
     lr: float  # the peak learning rate
     steps: int  # of the whole run, for the schedule
@@ -163,13 +198,15 @@ class Trainer:
     device: torch.device | None = None  # the CPU if None
     amp: bool = False  # compute in bf16
     encoder_rate: float = 1.0  # the encoder's learning rate as a share of the rest's
+    graphs: bool = True  # on a GPU, record a step of `train_epoch` once and replay it: all kernels in one launch
 
     def __post_init__(self):
         self.device = self.device or torch.device("cpu")
         self.model.to(self.device, memory_format=torch.channels_last)
         self.taken = 0  # steps
         self.running = Running(self.device)  # of this epoch
-        self.broken = torch.full((), -1, device=self.device)  # the first step that was not finite, if any
+        self.sound = torch.ones((), dtype=torch.bool, device=self.device)  # whether every step was finite
+        self.first, self.sound_steps = 0, torch.zeros((), dtype=torch.long, device=self.device)
         self.parallel = self.model  # the model, wrapped if there are several ranks
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # every batch has the same shape
@@ -178,10 +215,17 @@ class Trainer:
         if RANKS > 1:
             self.parallel = DistributedDataParallel(self.model, [self.device] if self.device.type == "cuda" else None)
         self.optimizer = make_optimizer(self.model, self.lr, self.device, self.encoder_rate)
+        graphs = self.graphs and self.device.type == "cuda" and RANKS == 1
+        self.recorded = Recorded(self.device) if graphs else None
 
     def step(self, question, step: int) -> dict[str, torch.Tensor]:
         """Learn from one question. `step` counts from the start of the run. Returns scalars, still on the device."""
-        lr = learning_rate(step, self.steps, self.lr)
+        scores = self._learn(question, learning_rate(step, self.steps, self.lr))
+        self.taken = step + 1
+        return scores
+
+    def _learn(self, question, lr: float | torch.Tensor) -> dict[str, torch.Tensor]:
+        """`step` with its learning rate, a number, or on a GPU a tensor there."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["rate"]
         fused = self.optimizer.param_groups[0]["fused"]
@@ -189,12 +233,28 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         scores["loss"].backward()
         scores["gradient_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
-        finite = scores["gradient_norm"].isfinite() & scores["loss"].isfinite()
-        self.broken = torch.where((self.broken < 0) & ~finite, step, self.broken)
+        self.sound.logical_and_((scores["gradient_norm"] + scores["loss"].detach()).isfinite())
+        self.sound_steps.add_(self.sound)
         if fused:  # it reads this on the device: from a broken step on, the weights stay as they are
-            self.optimizer.found_inf = (self.broken >= 0).float()
-        if fused or self.broken < 0:
+            self.optimizer.found_inf = self.sound.logical_not().float()
+        if fused or self.sound:
             self.optimizer.step()
+        return {name: score.detach() for name, score in scores.items()}
+
+    def learn(self, images: torch.Tensor, labels: torch.Tensor, step: int, rng: torch.Generator) -> dict:
+        """`step` on a question about a batch of the loader."""
+        if not self.recorded:
+            return self.step(self.ask(self.task, images, labels, rng), step)
+        lr = torch.tensor(learning_rate(step, self.steps, self.lr))
+        drawn = [lr, *self.task.draw(images, rng)]
+
+        def learn(images, labels, buffer):
+            lr, *sent = unpack(buffer, drawn)
+            return self._learn(self.task.ask(images, sent, labels), lr)
+
+        buffer = pack(drawn, pinned=True)
+        layout = self.task.size, *(part.shape for part in (images, *drawn))
+        scores = self.recorded(layout, learn, images, labels, buffer)
         self.taken = step + 1
         return scores
 
@@ -210,8 +270,8 @@ class Trainer:
         loader.batch_sampler.epoch, loader.batch_sampler.first = epoch, first
         for batch, (images, labels) in enumerate(loader, first):
             torch.manual_seed(seed_of(self.seed, epoch, batch))  # for layers that draw, such as stochastic depth
-            question = self.ask(self.task, images, labels, generator(self.seed, epoch, batch))
-            self.running.add(self.step(question, epoch * len(loader) + batch))
+            rng = generator(self.seed, epoch, batch)
+            self.running.add(self.learn(images, labels, epoch * len(loader) + batch, rng))
             if batch % PEEK_EVERY == PEEK_EVERY - 1:
                 # Several ranks have to stop in the same step.
                 self._show(bar, self._checked(self.running.read() if RANKS > 1 else self.running.peek(), loader))
@@ -234,8 +294,7 @@ class Trainer:
 
     def ask(self, task, images: torch.Tensor, labels: torch.Tensor, rng: torch.Generator):
         """A batch of the loader -> a question, on the device."""
-        images = images.to(self.device, non_blocking=True)
-        return task(images, rng, labels.to(self.device, non_blocking=True)) if task.takes_labels else task(images, rng)
+        return task(images.to(self.device, non_blocking=True), rng, labels.to(self.device, non_blocking=True))
 
     @torch.no_grad()
     def evaluate(
@@ -275,23 +334,22 @@ class Trainer:
 
     def restore(self, state: dict) -> None:
         """Go on from what `state` returned; the schedule's length is that of this trainer."""
-        fused = self.optimizer.param_groups[0]["fused"]
         self.model.load_state_dict(state["model"])
-        for group in state["optimizer"]["param_groups"]:
-            group["fused"] = fused  # before loading: it says where the step counters belong
+        for group in state["optimizer"]["param_groups"]:  # before loading: they say where the step counters belong
+            group |= {name: self.optimizer.defaults[name] for name in ("fused", "capturable", "lr")}
         self.optimizer.load_state_dict(state["optimizer"])
         self.running.restore(state["running"])
-        self.taken = state["schedule"]["taken"]
+        self.taken = self.first = state["schedule"]["taken"]
 
     def check(self, loader: DataLoader) -> None:
         """Raises RunError if a step was not finite. Call this before the state is saved."""
-        if self.broken >= 0:
+        if not self.sound:
             self._checked(self.running.read(), loader)
 
     def _checked(self, means, loader):
         if all(math.isfinite(means.get(name, 0.0)) for name in ("loss", "gradient_norm")):
             return means
-        step = int(self.broken)
+        step = self.first + int(self.sound_steps)
         loader.batch_sampler.epoch, loader.batch_sampler.first = epoch, batch = divmod(step, len(loader))
         question = self.ask(self.task, *next(iter(loader)), generator(self.seed, epoch, batch))
         raise RunError(

@@ -5,6 +5,7 @@ the views that are asked about (A D) and the candidates (B n, rows of A) to logi
 """
 
 import difflib
+import functools
 import math
 import pickle
 import warnings
@@ -16,6 +17,8 @@ from torch import nn
 
 from harness.errors import UsageError, ValueProblem
 from harness.ranks import encode
+
+LEAST_RIDGE = 1e-5  # so that a system has one solution, whatever is learned
 
 USUAL_SIZE = 224  # px; the views that torchvision's networks are made for
 ENCODERS = ["conv", *torchvision.models.list_models(module=torchvision.models)]  # its classification networks
@@ -134,44 +137,79 @@ def blocks_of(state: dict[str, torch.Tensor]) -> int:
 
 
 def solve(systems: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The solutions of linear systems, G n n and G n m -> G n m, without a wait for a GPU. Apple's GPUs have no solver
-    in many releases of torch: there the CPU solves."""
-    if right.device.type == "mps":
-        return torch.linalg.solve(systems.cpu(), right.cpu()).to(right.device)
-    return torch.linalg.solve_ex(systems, right)[0]
+    """The solutions of linear systems that are symmetric and positive definite: n n or G n n, and n m or G n m -> as
+    `right`. On a GPU without a wait, and in operations that a CUDA graph can record, which those of its libraries for
+    many small systems are not. Apple's GPUs have no solver in many releases of torch: there the CPU solves."""
+    if right.device.type == "cuda":
+        return _Solve.apply(systems, right)
+    return torch.linalg.solve_ex(systems.cpu(), right.cpu())[0].to(right.device)
+
+
+class _Solve(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, systems, right):
+        inverse = invert(systems)
+        solution = inverse @ right
+        ctx.save_for_backward(inverse, solution)
+        return solution
+
+    @staticmethod
+    def backward(ctx, gradient):
+        inverse, solution = ctx.saved_tensors
+        right = inverse @ gradient
+        return -right @ solution.mT, right
+
+
+def invert(systems: torch.Tensor) -> torch.Tensor:
+    """The inverses of symmetric positive definite matrices: one by its Cholesky factor, many small ones by Gauss-Jordan
+    elimination, three operations a row: n n or G n n."""
+    n = systems.shape[-1]
+    eye = _eye(n, systems.device)
+    if systems.ndim == 2:
+        return torch.cholesky_solve(eye, torch.linalg.cholesky_ex(systems)[0])
+    both = torch.cat([systems, eye.expand_as(systems)], dim=2)  # G n 2n
+    for k in range(n):
+        row = both[:, k : k + 1] / both[:, k : k + 1, k : k + 1]  # G 1 2n
+        both = torch.addcmul(both, both[:, :, k : k + 1] - eye[:, k : k + 1], row, value=-1)
+    return both[:, :, n:]
+
+
+@functools.cache
+def _eye(n: int, device: torch.device) -> torch.Tensor:
+    return torch.eye(n, device=device)
 
 
 class Decoder(nn.Module):
     """The base of the decoders: features of mixtures B D and of asked views A D, candidates B n (rows of A) -> B n.
 
-    A tuple of several tables of candidates gets a tuple of logits, all from one projection. Decoders have `project`,
-    for B D, A D -> B P, A P, and `answer`, for B P, A P and candidates B n -> logits B n.
+    A tuple of several tables of candidates gets a tuple of logits, all from one projection. Decoders have `prepare`,
+    for B D, A D -> what `answer` takes besides the candidates B n -> logits B n.
     """
 
     def forward(self, mixtures, asked, candidates):
-        mixtures, asked = self.project(mixtures, asked)
-        if isinstance(candidates, tuple):
-            return tuple(self.answer(mixtures, asked, table) for table in candidates)
-        return self.answer(mixtures, asked, candidates)
+        with torch.autocast(mixtures.device.type, enabled=False):
+            prepared = self.prepare(mixtures.float(), asked.float())
+            if isinstance(candidates, tuple):
+                return tuple(self.answer(*prepared, table) for table in candidates)
+            return self.answer(*prepared, candidates)
 
 
 class ByNumber(nn.Module):
-    """A learned number that may depend on the number of candidates n: start + slope * log(n / 64); 64 are the default
+    """Learned numbers that may depend on the number of candidates n: start + slope * log(n / 64); 64 are the default
     batch, so a network that is asked about the whole batch alone learns `start` alone."""
 
-    def __init__(self, start: float, learned: bool = True):
+    def __init__(self, learned: bool = True, **start: float):
         super().__init__()
-        self.start, self.slope = (nn.Parameter(torch.tensor(value), learned) for value in (start, 0.0))
+        self.names = list(start)  # a ParameterDict sorts them
+        self.start, self.slope = (
+            nn.ParameterDict({name: nn.Parameter(torch.tensor(value), learned) for name, value in values.items()})
+            for values in (start, dict.fromkeys(start, 0.0))
+        )
 
     def forward(self, n: int) -> torch.Tensor:
-        return self.start + self.slope * math.log(n / 64)
-
-
-class Unprojected(nn.Module):
-    """Features as they are."""
-
-    def forward(self, mixtures, asked):
-        return mixtures, asked
+        """The numbers for n candidates, in the order in which they were given."""
+        start, slope = (torch.stack([part[name] for name in self.names]) for part in (self.start, self.slope))
+        return start + math.log(n / 64) * slope
 
 
 class DotDecoder(Decoder):
@@ -179,11 +217,14 @@ class DotDecoder(Decoder):
 
     def __init__(self, features: int):
         super().__init__()
-        self.project = Unprojected()
 
-    def answer(self, mixtures, asked, candidates):
-        """The dot products: B P, A P, B n -> B n."""
-        return (mixtures @ asked.T).gather(1, candidates)  # B n
+    def prepare(self, mixtures, asked):
+        """B D, A D -> the dot products, B A."""
+        return (mixtures @ asked.T,)
+
+    def answer(self, products, candidates):
+        """B A, B n -> B n."""
+        return products.gather(1, candidates)
 
 
 class Projection(nn.Sequential):
@@ -200,10 +241,8 @@ class Projection(nn.Sequential):
         super().__init__(*layers, nn.Linear(features, projection, bias=False), nn.BatchNorm1d(projection, affine=False))
 
     def forward(self, mixtures, asked):
-        """B D, A D -> B P, A P, in float32; both in one pass, so that they share their statistics."""
-        with torch.autocast(mixtures.device.type, enabled=False):
-            both = super().forward(torch.cat([mixtures, asked]).float())
-        return both.split([len(mixtures), len(asked)])
+        """B D, A D -> B P, A P; both in one pass, so that they share their statistics."""
+        return super().forward(torch.cat([mixtures, asked])).split([len(mixtures), len(asked)])
 
 
 class CosineDecoder(Decoder):
@@ -216,12 +255,16 @@ class CosineDecoder(Decoder):
         super().__init__()
         self.project = Projection(features, projection, hidden)
         learned = temperature is None
-        self.log_scale = ByNumber(math.log(10.0 if learned else 1 / temperature), learned)
+        self.numbers = ByNumber(learned, log_scale=math.log(10.0 if learned else 1 / temperature))
 
-    def answer(self, mixtures, asked, candidates):
-        """The cosines over the temperature: B P, A P, B n -> B n."""
-        mixtures, asked = (nn.functional.normalize(z, dim=1) for z in (mixtures, asked))  # B P, A P
-        return self.log_scale(candidates.shape[1]).exp() * (mixtures @ asked.T).gather(1, candidates)  # B n
+    def prepare(self, mixtures, asked):
+        """B D, A D -> the cosines, B A."""
+        mixtures, asked = (nn.functional.normalize(z, dim=1) for z in self.project(mixtures, asked))  # B P, A P
+        return (mixtures @ asked.T,)
+
+    def answer(self, cosines, candidates):
+        """The cosines over the temperature: B A, B n -> B n."""
+        return self.numbers(candidates.shape[1]).exp() * cosines.gather(1, candidates)  # B n
 
 
 class MLPDecoder(Decoder):
@@ -231,14 +274,18 @@ class MLPDecoder(Decoder):
         super().__init__()
         self.project = Projection(features, projection, hidden)
         self.mlp = nn.Sequential(nn.Linear(2 * projection, projection), nn.ReLU(inplace=True), nn.Linear(projection, 1))
-        self.log_scale = ByNumber(0.0)
+        self.numbers = ByNumber(log_scale=0.0)
+
+    def prepare(self, mixtures, asked):
+        """B D, A D -> B P, A P."""
+        return self.project(mixtures, asked)
 
     def answer(self, mixtures, asked, candidates):
         """What the MLP says of each pair: B P, A P, B n -> B n."""
         asked = asked.index_select(0, candidates.flatten()).view(*candidates.shape, -1)  # B n P  see RidgeDecoder
         mixtures = mixtures[:, None]  # B 1 P
         pair = torch.cat([mixtures * asked, (mixtures - asked).abs()], dim=2)  # B n 2P
-        return self.log_scale(candidates.shape[1]).exp() * self.mlp(pair).squeeze(2)  # B n
+        return self.numbers(candidates.shape[1]).exp() * self.mlp(pair).squeeze(2)  # B n
 
 
 class RidgeDecoder(Decoder):
@@ -253,29 +300,32 @@ class RidgeDecoder(Decoder):
     def __init__(self, features: int, hidden: int = 0, projection: int = 256):
         super().__init__()
         self.project = Projection(features, projection, hidden)
-        self.log_ridge = ByNumber(math.log(0.3))  # relative to the squared length of a projection
-        self.log_price = ByNumber(0.0)  # of a sum other than one
-        self.log_sharpness = ByNumber(math.log(50.0))
-        self.offset = ByNumber(-1.0)
+        # The ridge, relative to the squared length of a projection; the price of a sum other than one.
+        start = {"log_ridge": math.log(0.3), "log_price": 0.0, "log_sharpness": math.log(50.0), "offset": -1.0}
+        self.numbers = ByNumber(**start)
 
-    def answer(self, mixtures, asked, candidates):
-        """The logs of the least-squares weights, made positive: B P, A P, B n -> B n."""
-        with torch.autocast(mixtures.device.type, enabled=False):
-            A, n = len(asked), candidates.shape[1]
-            price = self.log_price(n).exp()  # as if projections had one more direction, the same for all
-            gram = asked @ asked.T / asked.shape[1] + price  # A A
-            products = mixtures @ asked.T / asked.shape[1] + price  # B A
-            ridge = self.log_ridge(n).exp() * torch.eye(n, device=asked.device)
-            if n == A:  # all views are candidates of every mixture, in some order: one system for all
-                solution = solve(gram + ridge, products.T).T.gather(1, candidates)  # B n
-            else:
-                pairs = candidates[:, :, None] * A + candidates[:, None]  # B n n
-                gram = gram.flatten().index_select(0, pairs.flatten()).view_as(pairs)  # B n n  the same sums every time
-                products = products.gather(1, candidates)[:, :, None]  # B n 1
-                solution = solve(gram + ridge, products).squeeze(2)  # B n
-            x = self.log_sharpness(n).exp() * solution + self.offset(n)
-            # The log of softplus(x), which is x itself where x is very negative: so no weight is ever out of reach.
-            return torch.where(x > -15, nn.functional.softplus(x.clamp(min=-15)).log(), x)  # B n
+    def prepare(self, mixtures, asked):
+        """B D, A D -> the products of the projections of mixtures and asked views, B A, and of the latter, A A."""
+        mixtures, asked = (z / math.sqrt(z.shape[1]) for z in self.project(mixtures, asked))  # B P, A P
+        return mixtures @ asked.T, asked @ asked.T
+
+    def answer(self, products, gram, candidates):
+        """The logs of the least-squares weights, made positive: B A, A A, B n -> B n."""
+        A, n = len(gram), candidates.shape[1]
+        numbers = self.numbers(n)
+        (ridge, price, sharpness), offset = numbers[:3].exp(), numbers[3]
+        # The price is as if projections had one more direction, the same for all.
+        products, gram = products + price, gram + price
+        ridge = (ridge + LEAST_RIDGE) * _eye(n, gram.device)
+        if n == A:  # all views are candidates of every mixture, in some order: one system for all
+            solution = solve(gram + ridge, products.T).T.gather(1, candidates)  # B n
+        else:
+            pairs = candidates[:, :, None] * A + candidates[:, None]  # B n n
+            gram = gram.flatten().index_select(0, pairs.flatten()).view_as(pairs)  # B n n  the same sums every time
+            solution = solve(gram + ridge, products.gather(1, candidates)[:, :, None]).squeeze(2)  # B n
+        x = sharpness * solution + offset
+        # The log of softplus(x), which is x itself where x is very negative: so no weight is ever out of reach.
+        return torch.where(x > -15, nn.functional.softplus(x.clamp(min=-15)).log(), x)  # B n
 
 
 DECODERS = {"ridge": RidgeDecoder, "cosine": CosineDecoder, "mlp": MLPDecoder, "dot": DotDecoder}

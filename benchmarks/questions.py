@@ -40,7 +40,7 @@ def main() -> None:
     trainer = Trainer(model, None, lr=1.0, steps=1, device=device)
     print(f"{DRAWS} draws of the question about {len(val)} images, {device_name(device)}, torch {torch.__version__}\n")
     print("| candidates | sources named right | weight error | loss | loss of a guess |\n|---|---|---|---|---|")
-    for n in [n for n in NUMBERS if n <= min(map(len, loader.batch_sampler))]:
+    for n in [n for n in NUMBERS if n <= min(block.stop - block.start for block in loader.batch_sampler)]:
         task = MixupTransform(n, 2, Uniform(0.1, 0.9), settings["views"], settings["size"], settings["activation"])
         draws = range(DRAWS)
         scores = [trainer.evaluate(loader, task, draw=draw) for draw in draws]

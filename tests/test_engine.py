@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import nn
 
-from augment import generator
 from data import get_dataloaders, open_pretext
 from engine import Trainer, choose_amp, choose_device, is_matrix, learning_rate, memory, warm_up_norms
 from harness.errors import RunError, UsageError
@@ -95,7 +94,7 @@ def test_the_same_seed_gives_the_same_weights(loaders):
 def test_a_non_finite_loss_stops_the_run_and_says_what_to_try(loaders):
     t = trainer(lr=0.1)
     with torch.no_grad():
-        t.model.decoder.log_scale.start.fill_(float("nan"))
+        t.model.decoder.numbers.start.log_scale.fill_(float("nan"))
     message = (
         "not finite in step 1 of epoch 1, at a learning rate of 0.1: the output of decoder.* is the first.*lower --lr"
     )
@@ -180,19 +179,95 @@ def test_devices():
             choose_device("cuda")
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("decoder", ["cosine", "ridge"])
-def test_no_synchronisation_inside_a_step(loaders, decoder):
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def gpu_loader(cache, place="device"):
+    images, train, val = open_pretext("photos", 16, cache, 64)
+    return get_dataloaders(images, train[:640], val[:40], 64, 0, torch.device("cuda"), place)[0]
+
+
+def gpu_trainer(decoder="ridge", amp=True, steps=1000, **options):
+    torch.manual_seed(0)
     task = MixupTransform("batch", size=16)
-    t = Trainer(build_model("conv", decoder, 16), task, lr=1e-3, steps=10, device=torch.device("cuda"), amp=True)
-    t.train_epoch(loaders[0], 0, Bar())
-    images = next(iter(loaders[0]))[0].pin_memory()
-    torch.cuda.set_sync_debug_mode("error")
+    model = build_model("conv", decoder, 16)
+    return Trainer(model, task, lr=1e-3, steps=steps, device=torch.device("cuda"), amp=amp, **options)
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize("place", ["device", "stream"])
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("decoder", ["cosine", "ridge"])
+def test_no_wait_inside_an_epoch(cache, decoder, graphs, place):
+    loader, t = gpu_loader(cache, place), gpu_trainer(decoder, graphs=graphs)
+    epoch = 0
+    while epoch < 3 or (graphs and t.recorded.works and not all(t.recorded.calls.values())):
+        t.train_epoch(loader, epoch, Bar())  # kernels are chosen and graphs are recorded
+        epoch += 1
+
+    def watch():
+        torch.cuda.set_sync_debug_mode("error" if t.taken % len(loader) else "default")
+
     try:
-        t.step(t.task(images.to("cuda", non_blocking=True), generator(0)), 6)
+        t.train_epoch(loader, epoch, Bar(), watch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert t.sound and (t.recorded is None or t.recorded.works)
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize("decoder", ["cosine", "ridge", "mlp"])
+def test_steps_that_are_recorded_are_those_that_are_not(cache, decoder):
+    def run(graphs):
+        loader, t, losses = gpu_loader(cache), gpu_trainer(decoder, amp=False, graphs=graphs), []
+        for epoch in range(3):
+            means = t.train_epoch(loader, epoch, Bar(), lambda: losses.append(t.running.sums[0].item()))
+        assert (t.recorded is not None) == graphs and (not graphs or any(t.recorded.calls.values()))
+        assert means["learning_rate"] == learning_rate(29, 1000, 1e-3)
+        return torch.tensor(losses), torch.cat([p.detach().flatten() for p in t.model.parameters()]).cpu()
+
+    (losses, weights), (plain_losses, plain_weights) = run(True), run(False)
+    assert torch.allclose(losses[:10], plain_losses[:10], rtol=1e-3)
+    assert (weights - plain_weights).norm() < 0.05 * plain_weights.norm()
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_run_of_a_cpu_goes_on_on_a_gpu(cache, loaders, graphs):
+    old = trainer(steps=1000)
+    old.task, old.model = MixupTransform("batch", size=16), old.model
+    old.train_epoch(loaders[0], 0, Bar())
+    new = gpu_trainer("cosine", graphs=graphs)
+    new.restore(copy.deepcopy(old.state()))
+    new.taken = 0  # its loader is longer
+    new.train_epoch(gpu_loader(cache), 0, Bar())
+    assert new.sound and {state["step"].device.type for state in new.optimizer.state.values()} == {"cuda"}
+    assert {int(state["step"]) for state in new.optimizer.state.values()} == {15}
+    back = trainer(steps=1000)
+    back.restore(copy.deepcopy(new.state()))
+    back.taken = 0
+    back.train_epoch(loaders[0], 0, Bar())
+    assert {state["step"].device.type for state in back.optimizer.state.values()} == {"cpu"}
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_a_step_that_cannot_be_recorded_is_taken_as_it_is(cache, capsys):
+    class Reads(MixupTransform):
+        def score(self, logits, question):
+            scores = super().score(logits, question)
+            return scores | {"read": scores["loss"] * float(scores["loss"].detach() > 0)}
+
+    t = gpu_trainer()
+    t.task = Reads("batch", size=16)
+    for epoch in range(2):
+        means = t.train_epoch(gpu_loader(cache), epoch, Bar())
+    assert t.sound and means["read"] == pytest.approx(means["loss"]) and not t.recorded.works
+    assert capsys.readouterr().out.count("cannot be recorded") == 1
+    assert {int(state["step"]) for state in t.optimizer.state.values()} == {20}
 
 
 def test_an_optimiser_that_is_not_fused(loaders):

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torchvision
 
+import models
 from harness.errors import UsageError
 from models import (
     DECODERS,
@@ -199,8 +200,9 @@ def test_no_weight_of_the_ridge_decoder_is_out_of_reach():
 
 def test_a_temperature_is_learned_or_fixed():
     learned, fixed = build_decoder("cosine", 8), build_decoder("cosine", 8, temperature=0.2)
-    assert learned.log_scale.start.requires_grad and not any(p.requires_grad for p in fixed.log_scale.parameters())
-    assert [fixed.log_scale(n).exp().item() for n in (3, 64)] == pytest.approx([5, 5])
+    assert all(p.requires_grad for p in learned.numbers.parameters())
+    assert not any(p.requires_grad for p in fixed.numbers.parameters())
+    assert [fixed.numbers(n).exp().item() for n in (3, 64)] == pytest.approx([5, 5])
     with pytest.raises(UsageError, match="temperature is of the decoder cosine"):
         build_decoder("ridge", 8, temperature=0.2)
     with pytest.raises(UsageError, match="hidden is a layer of the projection"):
@@ -228,7 +230,7 @@ def test_what_depends_on_the_number_of_candidates_is_learned(name):
     decoder = build_decoder(name, 8)
     mixtures, asked = torch.randn(2, 6, 8)
     before = decoder(mixtures, asked, torch.arange(6).expand(6, 6))
-    slopes = [p for n, p in decoder.named_parameters() if n.endswith("slope")]
+    slopes = [p for n, p in decoder.named_parameters() if "slope" in n]
     assert slopes and all(p == 0 for p in slopes)
     with torch.no_grad():
         for slope in slopes:
@@ -261,3 +263,32 @@ def test_the_gradient_is_the_same_every_time_with_several_threads(name):
         assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("shape", [(7, 2), (5, 16), (3, 32), (64,)])
+def test_systems_are_solved_on_a_gpu_as_on_a_cpu(shape):
+    """What a GPU computes, here on the CPU: solutions and gradients."""
+    torch.manual_seed(0)
+    n = shape[-1]
+    projections = torch.randn(*shape, 40)
+    systems = (projections @ projections.mT / 40 + 0.05 * torch.eye(n)).requires_grad_()
+    right = torch.randn(*shape, 3, requires_grad=True)
+
+    def found(solve):
+        solution = solve(systems, right)
+        return solution, *torch.autograd.grad(solution.square().sum(), (systems, right))
+
+    ours, plain = found(models._Solve.apply), found(lambda a, b: models.solve(a, b))
+    for one, other in zip(ours, plain, strict=True):
+        assert (one - other).norm() < 1e-4 * other.norm()
+
+
+def test_candidates_that_are_equal_share_the_weight():
+    """Without any ridge the system would have no single solution."""
+    torch.manual_seed(0)
+    decoder = build_decoder("ridge", 8)
+    decoder.numbers.start["log_ridge"].data.fill_(-50.0)
+    views = torch.ones(4, 8)
+    for candidates in (torch.arange(4).expand(4, 4), torch.arange(3).expand(4, 3)):
+        logits = decoder(views, views, candidates)
+        assert logits.isfinite().all()

@@ -127,7 +127,9 @@ def test_same_seed_same_figures_and_every_seed_the_same_validation_question(pret
     """Inspecting a run changes none of its figures."""
     (_, one), (_, other) = pretext(out="one"), pretext("--seed", 1, out="other")
     assert figures(one) == figures(plain)
-    assert torch.equal(*(torch.load(run / "checkpoint.pt")["model"]["decoder.log_ridge.start"] for run in (one, plain)))
+    assert torch.equal(
+        *(torch.load(run / "checkpoint.pt")["model"]["decoder.numbers.start.log_ridge"] for run in (one, plain))
+    )
     assert read(other)["val_loss"] != read(one)["val_loss"]
     # what needs no network depends on the question alone
     for name in ("chance", "least squares on pixels"):
@@ -215,7 +217,8 @@ def test_val_is_never_seen(script, labelled, monkeypatch):
 
     gathered = set()
     collate = data.ImageDataset.collate
-    monkeypatch.setattr(data.ImageDataset, "collate", lambda self, rows: gathered.update(rows) or collate(self, rows))
+    see = lambda self, places: gathered.update(self.rows[places].tolist()) or collate(self, places)  # noqa: E731
+    monkeypatch.setattr(data.ImageDataset, "collate", see)
     end = script("train_pretext.py", "--data", labelled, "--epochs", 3, "--batch-size", 8, "--size", 8, "--out", "run")
     assert end.status == 0, end.err
     entries = data.list_data(str(labelled)).entries
