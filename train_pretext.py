@@ -29,7 +29,18 @@ from tqdm import tqdm
 
 from augment import CROP, to_pixels
 from data import PLACES, ImageDataset, Images, get_dataloaders, open_pretext
-from engine import AMP, DEVICES, Trainer, choose_amp, choose_device, device_name, encode_images, memory, warm_up_norms
+from engine import (
+    AMP,
+    DEVICES,
+    PEEK_EVERY,
+    Trainer,
+    choose_amp,
+    choose_device,
+    device_name,
+    encode_images,
+    memory,
+    warm_up_norms,
+)
 from harness import checkpoint, command, folder, ranks
 from harness.download import ARCHIVES
 from harness.errors import RunError, UsageError, ValueProblem
@@ -183,7 +194,7 @@ class Progress:
         self.args, self.trainer, self.data = args, trainer, images.identity()
         self.history, self.references = [], {}  # a row an epoch; scores of what has not learnt, by name
         self.speeds, self.seconds = [], 0.0  # images/s of the epochs; of the whole run
-        self.clock = time.perf_counter()
+        self.clock, self.writer = time.perf_counter(), checkpoint.Writer()
 
     def state(self) -> dict:
         """For a checkpoint: tensors and plain values only."""
@@ -194,10 +205,15 @@ class Progress:
         return {**self.trainer.state(), **kept, **run}
 
     def save(self, place: Path) -> None:
-        """Write the folder's last checkpoint; the first rank does this for all."""
+        """Begin to write the folder's last checkpoint; the first rank does this for all."""
         if not RANK:
             with folder.rescued(place, self.state):
-                checkpoint.save_last(self.state(), place)
+                self.writer.save_last(self.state(), place)
+
+    def saved(self, place: Path) -> None:
+        """Wait until it is written."""
+        with folder.rescued(place, self.state):
+            self.writer.wait()
 
     def restore(self, state: dict) -> None:
         """Go on from a checkpoint. Raises UsageError if it is of other data or another network, or complete."""
@@ -246,11 +262,13 @@ def fit(progress: Progress, train_loader: DataLoader, val_loader: DataLoader, lo
 
         def after_step():
             due = args.checkpoint_every and trainer.taken % args.checkpoint_every == 0
-            stop = ranks.any_rank(interrupts.signal is not None)
+            asked = RANKS == 1 or trainer.taken % PEEK_EVERY == 0 or trainer.taken % len(train_loader) == 0
+            stop = asked and ranks.any_rank(interrupts.signal is not None)
             if due or stop:
                 trainer.check(train_loader)
                 progress.save(log.folder)
             if stop:
+                progress.saved(log.folder)
                 steps = f"stopped after {trainer.taken} of {trainer.steps} steps"
                 go_on = f"go on with: python train_pretext.py --resume {log.folder}"
                 raise RunError(f"{steps}; {go_on}", interrupts.signal or signal.SIGTERM)
@@ -293,6 +311,7 @@ def fit(progress: Progress, train_loader: DataLoader, val_loader: DataLoader, lo
             scores = ", ".join(f"{FIGURES[name][0]} {value:{FIGURES[name][1]}}" for name, value in val.items())
             number = f"{epoch:{len(str(args.epochs))}}/{args.epochs}"
             tqdm.write(f"epoch {number}: training loss {means['loss']:.3f}; validation {scores}; {speed:.0f} images/s")
+    progress.saved(log.folder)
 
 
 def view_size(epoch: int, epochs: int, size: int) -> int:

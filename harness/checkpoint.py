@@ -6,6 +6,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -19,8 +20,16 @@ NEW, LAST, BEFORE = "checkpoint.new.pt", "checkpoint.pt", "checkpoint.previous.p
 
 def save(state: object, file: str | Path) -> None:
     """Write `state` atomically, for `load` or `torch.load(file, weights_only=True)`."""
+    _write(_content(state), file)
+
+
+def _content(state):
     content = io.BytesIO()  # torch.save on a full disk would hide the error
     torch.save(state, content)
+    return content
+
+
+def _write(content, file):
     write(file, lambda stream: stream.write(content.getbuffer()))
 
 
@@ -44,10 +53,33 @@ def load(file: str | Path) -> object:
 
 def save_last(state: object, folder: Path) -> None:
     """Write the folder's last checkpoint, and keep the one before."""
-    save(state, folder / NEW)
+    _write_last(_content(state), folder)
+
+
+def _write_last(content, folder):
+    _write(content, folder / NEW)
     if (folder / LAST).exists():
         os.replace(folder / LAST, folder / BEFORE)
     os.replace(folder / NEW, folder / LAST)
+
+
+class Writer:
+    """Writes last checkpoints in a thread, so that training goes on while a disk is slow."""
+
+    def __init__(self):
+        self.pool, self.pending = ThreadPoolExecutor(1), None
+
+    def save_last(self, state: object, folder: Path) -> None:
+        """As the function, and later: `state` may change at once. Raises what the write before this one raised."""
+        content = _content(state)
+        self.wait()
+        self.pending = self.pool.submit(_write_last, content, folder)
+
+    def wait(self) -> None:
+        """Until the last one is on the disk. Raises what writing it raised."""
+        pending, self.pending = self.pending, None
+        if pending:
+            pending.result()
 
 
 def load_last(folder: Path, warn: Callable[[str], None] = print) -> dict:

@@ -59,10 +59,10 @@ def first_rank_first() -> Iterator[None]:
     """The first rank of each machine runs the block, such as one that fills a cache, before the others do."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if RANKS > 1 and not first:
-        dist.barrier()
+        dist.barrier(group=_cpu_group)
     yield
     if RANKS > 1 and first:
-        dist.barrier()
+        dist.barrier(group=_cpu_group)
 
 
 def own_rows(count: int) -> slice:

@@ -1,5 +1,7 @@
+import errno
 import os
 import pickle
+import threading
 
 import pytest
 import torch
@@ -107,3 +109,24 @@ def test_nothing_is_thrown_away_where_no_checkpoint_can_be_used(tmp_path):
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {
         name: b"not for this torch" for name in (checkpoint.LAST, checkpoint.BEFORE)
     }
+
+
+def test_a_slow_disk_holds_nobody_up_and_what_it_says_is_heard(tmp_path, monkeypatch):
+    free, write, state = threading.Event(), checkpoint.write, {"weight": torch.zeros(3)}
+    monkeypatch.setattr(checkpoint, "write", lambda file, fill: free.wait(60) and write(file, fill))
+    writer = checkpoint.Writer()
+    writer.save_last(state, tmp_path)  # returns although the disk does not
+    state["weight"].fill_(1.0)
+    assert not (tmp_path / checkpoint.LAST).exists()
+    free.set()
+    writer.wait()
+    assert torch.equal(checkpoint.load_last(tmp_path)["weight"], torch.zeros(3))  # as it was when it was saved
+
+    def full(file, fill):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write", full)
+    writer.save_last(state, tmp_path)
+    with pytest.raises(OSError, match="No space left"):
+        writer.save_last(state, tmp_path)
+    writer.wait()  # told once
