@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -109,3 +110,16 @@ def test_lightly_that_is_asked_for_and_missing_is_said(script, monkeypatch):
 def test_what_training_says_is_handed_on(script):
     end = script("benchmarks/speed.py", "ours", "--batch-size", 4096, "--repeat", 1)
     assert end.status == 1 and "--batch-size 4096 is more than the" in end.err and end.err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_check_for_gpus_runs_on_a_cpu(tmp_path):
+    """All of its parts, small: a GPU is at hand seldom, and its minutes are few."""
+    words = ("--device", "cpu", "--quick", "--out", tmp_path / "gpu.json")
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "gpu_check.py", *map(str, words)], capture_output=True)
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
+    assert list(found) == ["env", "tests", "losses", "waits", "command", "profile", "speed", "compile"]
+    assert all(part.get("good", True) for part in found.values())
+    assert found["losses"]["ridge"]["off"]["eager"]["worst"] == 0
+    assert found["speed"]["conv 16 px, 16"]["eager_device"] > 0
