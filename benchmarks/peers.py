@@ -1,16 +1,16 @@
-"""Pretrain the same encoder with SimCLR or SwAV: heads and losses of the package lightly.
+"""Pretrain the same encoder with SimCLR, SwAV, BYOL or VICReg: heads and losses of the package lightly.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/peers.py simclr --epochs 100 --data FOLDER --out runs/simclr
-    python benchmarks/peers.py swav --epochs 100 --data FOLDER --out runs/swav
-    python benchmarks/peers.py --resume runs/swav
-    python train_transfer.py runs/simclr runs/swav scratch
+    python benchmarks/peers.py --resume runs/simclr
+    python train_transfer.py runs/simclr scratch
 
 Everything else is as in train_pretext.py with --no-grow --lr 1e-3: data, split, views, encoder, loop, optimiser,
 schedule and seeds.
 """
 
 import argparse
+import copy
 import statistics
 import sys
 import time
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from augment import CROP, augment
+from augment import CROP, draw_views, make_views
 from data import get_dataloaders, open_pretext
 from engine import AMP, DEVICES, Trainer, choose_amp, choose_device, device_name
 from harness import checkpoint, command, folder, ranks
@@ -31,14 +31,15 @@ from harness.download import ARCHIVES
 from harness.errors import UsageError
 from harness.files import write_json
 from models import build_encoder
+from tasks import Task
 
 try:
-    from lightly.loss import NTXentLoss, SwaVLoss
-    from lightly.models.modules.heads import SimCLRProjectionHead, SwaVProjectionHead, SwaVPrototypes
+    from lightly.loss import NegativeCosineSimilarity, NTXentLoss, SwaVLoss, VICRegLoss
+    from lightly.models.modules import heads
 except ImportError:
     NTXentLoss = None
 
-METHODS = ("simclr", "swav")
+METHODS = ("simclr", "swav", "byol", "vicreg")
 PROJECTION = 128
 
 
@@ -53,29 +54,32 @@ class TwoViews(NamedTuple):
         return (self.views,)
 
 
-class Agree:
-    """The task of both methods: the outputs for two views of an image, P each, should agree. `loss(first, second)`."""
-
-    takes_labels = False
+class Agree(Task):
+    """The task of all methods: the outputs for two views of an image, P each, should agree. `loss(first, second)`."""
 
     def __init__(self, size: int, loss, crop: float = CROP):
         self.size, self.loss, self.crop = size, loss, crop
 
-    def __call__(self, images: torch.Tensor, rng: torch.Generator) -> TwoViews:
-        """images B 3 H W uint8 -> TwoViews."""
-        return TwoViews(torch.cat([augment(images, self.size, rng, self.crop) for _ in range(2)]))
+    def draw(self, images: torch.Tensor, rng: torch.Generator) -> list[torch.Tensor]:
+        """The views."""
+        return [draw_views(2 * len(images), rng, self.crop)]
+
+    def ask(self, images: torch.Tensor, drawn: list[torch.Tensor], labels: torch.Tensor | None = None) -> TwoViews:
+        """images B 3 H H uint8 and what `draw` returned -> TwoViews."""
+        return TwoViews(make_views(images, self.size, *drawn).flatten(0, 1))
 
     def score(self, outputs: torch.Tensor, question: TwoViews) -> dict[str, torch.Tensor]:
         """Outputs 2B P -> the loss."""
-        return {"loss": self.loss(*outputs.chunk(2))}
+        return {"loss": self.loss(*outputs.float().chunk(2))}
 
 
-class SimCLR(nn.Module):
-    """Encoder and projection head (Chen et al. 2020): 2B 3 S S -> 2B P."""
+class Headed(nn.Module):
+    """Encoder and projection head, as of SimCLR (Chen et al. 2020) and VICReg (Bardes et al. 2022):
+    2B 3 S S -> 2B P."""
 
-    def __init__(self, encoder: nn.Module, width: int):
+    def __init__(self, encoder: nn.Module, head: nn.Module):
         super().__init__()
-        self.encoder, self.head = encoder, SimCLRProjectionHead(encoder.out_features, width, PROJECTION)
+        self.encoder, self.head = encoder, head
 
     def forward(self, views):
         features = self.encoder(views)
@@ -83,13 +87,37 @@ class SimCLR(nn.Module):
             return self.head(features.float())
 
 
+class BYOL(nn.Module):
+    """Encoder, projection, prediction, and a slow copy of the first two (Grill et al. 2020): 2B 3 S S -> 2B 2P, the
+    predictions and the copy's projections of the other views."""
+
+    def __init__(self, encoder: nn.Module, width: int, momentum: float):
+        super().__init__()
+        self.momentum, self.encoder = momentum, encoder
+        self.head = heads.BYOLProjectionHead(encoder.out_features, width, PROJECTION)
+        self.predict = heads.BYOLPredictionHead(PROJECTION, width, PROJECTION)
+        self.slow = nn.ModuleList(copy.deepcopy(part).requires_grad_(False) for part in (self.encoder, self.head))
+
+    def forward(self, views):
+        online = [*self.encoder.parameters(), *self.head.parameters()]
+        with torch.no_grad():
+            for slow, fast in zip(self.slow.parameters(), online, strict=True):
+                slow.lerp_(fast, 1 - self.momentum)
+            slow = self.slow[0](views)
+        features = self.encoder(views)
+        with torch.autocast(views.device.type, enabled=False):
+            with torch.no_grad():
+                first, second = self.slow[1](slow.float()).chunk(2)
+            return torch.cat([self.predict(self.head(features.float())), torch.cat([second, first])], dim=1)
+
+
 class SwAV(nn.Module):
     """Encoder, projection head and prototypes (Caron et al. 2020): 2B 3 S S -> similarities 2B prototypes."""
 
     def __init__(self, encoder: nn.Module, width: int, prototypes: int):
         super().__init__()
-        self.encoder, self.head = encoder, SwaVProjectionHead(encoder.out_features, width, PROJECTION)
-        self.prototypes = SwaVPrototypes(PROJECTION, prototypes)
+        self.encoder, self.head = encoder, heads.SwaVProjectionHead(encoder.out_features, width, PROJECTION)
+        self.prototypes = heads.SwaVPrototypes(PROJECTION, prototypes)
 
     def forward(self, views):
         self.prototypes.normalize()
@@ -113,6 +141,7 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     add("--encoder", default="conv", help="what is kept: conv, or a classification network of torchvision by name")
     add("--width", type=command.integer(1), default=512, help="width of the head's hidden layer")
     add("--temperature", type=command.positive, help="of the loss (default: simclr 0.5, swav 0.1)")
+    add("--momentum", type=command.crop, default=0.99, help="byol: of the slow copy")
     add("--prototypes", type=command.integer(2), default=512, help="swav: how many")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=command.integer(1), default=50, help="passes over the images")
@@ -131,19 +160,29 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     saved = folder.resume(parser, args, {"device"})
     if args.method not in METHODS:
         raise UsageError(f"give a method: {' or '.join(METHODS)}")
-    if args.method != "swav":
-        parser.refuse({"prototypes"}, f"is of swav; {args.method} has no use for it")
+    of = {"prototypes": {"swav"}, "momentum": {"byol"}, "temperature": {"simclr", "swav"}}
+    for name, methods in of.items():
+        if args.method not in methods:
+            parser.refuse({name}, f"is of {' and '.join(sorted(methods))}; {args.method} has no use for it")
     return args, saved
 
 
 def make_model(args: argparse.Namespace) -> tuple[nn.Module, Agree]:
     """The network and its task. Raises UsageError if there is no such encoder, or if the views are too small for it."""
     encoder = build_encoder(args.encoder, size=args.size)
+    D, width = encoder.out_features, args.width
     if args.method == "simclr":
-        return SimCLR(encoder, args.width), Agree(args.size, NTXentLoss(args.temperature or 0.5), args.crop)
-    swav = SwaVLoss(args.temperature or 0.1)
-    model = SwAV(encoder, args.width, args.prototypes)
-    return model, Agree(args.size, lambda first, second: swav([first, second], []).squeeze(), args.crop)
+        model = Headed(encoder, heads.SimCLRProjectionHead(D, width, PROJECTION))
+        loss = NTXentLoss(args.temperature or 0.5)
+    elif args.method == "swav":
+        model, swav = SwAV(encoder, width, args.prototypes), SwaVLoss(args.temperature or 0.1)
+        loss = lambda first, second: swav([first, second], []).squeeze()  # noqa: E731
+    elif args.method == "byol":
+        model, distance = BYOL(encoder, width, args.momentum), NegativeCosineSimilarity()
+        loss = lambda *both: sum(distance(*part.chunk(2, dim=1)) for part in both) / 2  # noqa: E731
+    else:
+        model, loss = Headed(encoder, heads.VICRegProjectionHead(D, width, width, num_layers=2)), VICRegLoss()
+    return model, Agree(args.size, loss, args.crop)
 
 
 def main() -> None:

@@ -273,10 +273,11 @@ def lightly(args: argparse.Namespace) -> dict:
     from lightly.data import LightlyDataset
     from lightly.transforms import SimCLRTransform
 
-    from benchmarks.peers import Agree, NTXentLoss, SimCLR, TwoViews
+    from benchmarks.peers import Agree, Headed, NTXentLoss, TwoViews, heads
 
     task = Agree(args.size, NTXentLoss(0.5))
-    trainer, device = build(args, task, lambda: SimCLR(build_encoder(args.encoder), 512))
+    make = lambda net: Headed(net, heads.SimCLRProjectionHead(net.out_features, 512, 128))  # noqa: E731
+    trainer, device = build(args, task, lambda: make(build_encoder(args.encoder)))
     data = LightlyDataset(args.data, transform=SimCLRTransform(args.size))
     loader = DataLoader(data, args.batch_size, shuffle=True, drop_last=True, **WORKERS)
 

@@ -11,16 +11,19 @@ from models import build_encoder
 SMALL = ("--epochs", 2, "--size", 8, "--batch-size", 512, "--width", 64)
 
 
-@pytest.mark.parametrize("method", ["simclr", "swav"])
+@pytest.mark.parametrize("method", ["simclr", "swav", "byol", "vicreg"])
 def test_a_peer_learns_can_be_stopped_and_is_a_start(script, cache, monkeypatch, method):
     options = (method, *SMALL, "--data-dir", cache, "--out")
     end = script("benchmarks/peers.py", *options, "whole")
     assert end.status == 0, end.err
     state = torch.load("whole/encoder.pt", weights_only=True)
     build_encoder("conv").load_state_dict(state)
-    # Guessing: all of a batch's other views, or all prototypes, are equally likely.
-    summary, guess = json.loads(Path("whole/summary.json").read_text()), math.log(1023 if method == "simclr" else 512)
-    assert 0 < summary["loss"] < guess and summary["method"] == method
+    # Guessing: all of a batch's other views, or all prototypes, are equally likely; predictions at right angles to what
+    # they predict; all projections equal.
+    guess = {"simclr": math.log(1023), "swav": math.log(512), "byol": 0.0, "vicreg": 25.0}[method]
+    least = -1.0 if method == "byol" else 0.0
+    summary = json.loads(Path("whole/summary.json").read_text())
+    assert least < summary["loss"] < guess and summary["method"] == method
 
     train_epoch = Trainer.train_epoch
 
@@ -44,9 +47,10 @@ def test_a_peer_learns_can_be_stopped_and_is_a_start(script, cache, monkeypatch,
 @pytest.mark.parametrize(
     "args, message",
     [
-        ((), "give a method: simclr or swav"),
-        (("byol",), "give a method: simclr or swav"),
+        ((), "give a method: simclr or swav or byol or vicreg"),
+        (("dino",), "give a method: simclr or swav or byol or vicreg"),
         (("simclr", "--prototypes", 64), "--prototypes is of swav"),
+        (("byol", "--temperature", 0.2), "--temperature is of simclr and swav"),
         (("swav", "--encoder", "convnext_tiny", "--size", 8), "--size 8 is too small"),
     ],
 )
