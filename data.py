@@ -9,7 +9,6 @@ Every file is decoded once for each side that is asked for. A batch is then a ga
 """
 
 import contextlib
-import errno
 import glob
 import hashlib
 import json
@@ -31,14 +30,15 @@ from tqdm import tqdm
 
 from augment import generator, send
 from harness import bundled
-from harness.decode import decode, typical_side
+from harness.decode import Damaged, decode, decoders, typical_side
 from harness.download import ARCHIVES, fetch
 from harness.errors import ValueProblem
-from harness.files import FULL, files_below, refuse_inside, unusable, write
+from harness.files import FULL, files_below, ignored, refuse_inside, unusable, write
 
 UNLABELLED = -1
-CACHE_VERSION = 2  # change it whenever decoding changes, so that older caches are rebuilt
-SYSTEM_ERRORS = {errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE}  # stop instead of skipping the image
+CACHE_VERSION = 3  # change it whenever decoding changes, so that older caches are rebuilt
+TRAINED, HELD_OUT = ("train", "training"), ("val", "valid", "validation", "test", "testing")  # usual names of folders
+SKIPPED_SHOWN = 10  # names of skipped files in print, at most
 VALIDATION_BLOCK = 256  # images in a validation batch, at most; part of the fixed question, so not an option
 SMALLEST_VALIDATION = 3  # images; a validation mixture has three candidates
 PLACES = ("auto", "device", "stream")
@@ -119,6 +119,13 @@ def _list_folder(root: Path) -> Listing:
     if (root / "val").is_dir() and not labelled and not problem:
         problem = "what is in val/ is never trained on, and without train/CLASS/ and val/CLASS/ all images are; make "
         problem += "these folders, or give the folder of those to train on"
+    folders = {name.lower(): name for name in _folders(root)}
+    trained, held = ([folders[name] for name in names if name in folders] for names in (TRAINED, HELD_OUT))
+    if trained and held and not labelled and not problem:
+        problem = (
+            f"{held[0]}/ beside {trained[0]}/ looks like images that are not for training; name them train/CLASS/ "
+        )
+        problem += "and val/CLASS/, or give the folder of those to train on"
     if labelled and (unknown := sorted(set(val_classes) - set(classes))):
         problem = f"val/{unknown[0]}/ is a class that train/ does not have; rename it to one, or remove it"
     if problem:
@@ -151,7 +158,7 @@ def _list_folder(root: Path) -> Listing:
 
 
 def _folders(root: Path) -> list[str]:
-    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")) if root.is_dir() else []
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and not ignored(p.name)) if root.is_dir() else []
 
 
 def _hash(*parts) -> str:
@@ -168,6 +175,7 @@ class Images:
     listing: Listing  # its entries are those that could be decoded, one a row
     pixels: np.ndarray  # N 3 H H uint8, memory-mapped
     labels: torch.Tensor  # N int64
+    skipped_file: Path | None = None  # has the names of all files that were skipped, if they are many
 
     def rows(self, *splits: str) -> list[int]:
         """The rows of these splits, in the order of their paths."""
@@ -183,14 +191,16 @@ class Images:
         }
 
     def describe(self) -> str:
-        """A line with the numbers of images, and a line for each file that was skipped."""
+        """A line with the numbers of images, and a line for each file that was skipped, up to ten."""
         counts = Counter(entry.split for entry in self.listing.entries)
         splits = ", ".join(f"{count} {split}" for split, count in sorted(counts.items()))
         classes = f", {len(self.listing.classes)} classes" if self.listing.classes else ", no labels"
         lines = [f"{self.listing.place}: {len(self.labels)} images ({splits}{classes}), {self.pixels.shape[2]} px"]
-        lines += [f"skipped {path}: {why}" for path, why in self.listing.skipped]
-        if self.listing.skipped:
-            lines.append(f"{len(self.listing.skipped)} files skipped")
+        skipped = self.listing.skipped
+        lines += [f"skipped {path}: {why}" for path, why in skipped[:SKIPPED_SHOWN]]
+        if skipped:
+            more = f", these and more; all are named in {self.skipped_file}" if len(skipped) > SKIPPED_SHOWN else ""
+            lines.append(f"{len(skipped)} files skipped{more}")
         return "\n".join(lines)
 
 
@@ -202,12 +212,15 @@ def open_images(listing: Listing, size: int, data_dir: str | Path) -> Images:
     place = listing.root.resolve() if listing.root else listing.place  # one cache however the path was typed
     file = Path(data_dir, "cache", f"{listing.name}-{_hash(os.fsdecode(place))[:8]}-{side}px.cache")
     index = _read_index(file)
-    if index is None or index["fingerprint"] != listing.fingerprint:
+    # What was skipped is tried again by other versions of what decodes.
+    stale = index and index["skipped"] and index["decoders"] != decoders()
+    if index is None or index["fingerprint"] != listing.fingerprint or stale:
         index = _build_cache(listing, side, file)
     listing.entries = [Entry(*entry) for entry in index["entries"]]
     listing.skipped = [tuple(s) for s in index["skipped"]]
     pixels = np.memmap(file, np.uint8, "r", shape=(len(listing.entries), 3, side, side))
-    return Images(listing, pixels, torch.tensor([entry.label for entry in listing.entries]))
+    labels, skipped_file = torch.tensor([entry.label for entry in listing.entries]), file.with_suffix(".skipped.txt")
+    return Images(listing, pixels, labels, skipped_file)
 
 
 def _read_index(file: Path) -> dict | None:
@@ -226,10 +239,8 @@ def _build_cache(listing: Listing, side: int, file: Path, block: int = 1024) -> 
     def load(entry):
         try:
             return listing.load(entry.path, side).transpose(2, 0, 1)
-        except Exception as error:  # noqa: BLE001  damaged files raise many kinds; each is skipped and named
-            if isinstance(error, MemoryError) or getattr(error, "errno", None) in SYSTEM_ERRORS:
-                raise
-            return f"{type(error).__name__}: {error}".splitlines()[0]
+        except Damaged as error:  # not a drive that is lost: that ends the build, and leaves no cache
+            return str(error)
 
     data_dir = file.parent.parent
     try:
@@ -240,7 +251,7 @@ def _build_cache(listing: Listing, side: int, file: Path, block: int = 1024) -> 
         if time.time() - left.stat().st_mtime > 3600:  # of a killed run: a living one writes all the time
             left.unlink(missing_ok=True)
     kept, skipped = [], list(listing.skipped)
-    index = {"fingerprint": listing.fingerprint, "entries": kept, "skipped": skipped}
+    index = {"fingerprint": listing.fingerprint, "entries": kept, "skipped": skipped, "decoders": decoders()}
     bar = tqdm(total=len(listing.entries), desc=f"decoding {listing.name}", unit="image", leave=False, disable=None)
 
     def fill(cache):
@@ -261,6 +272,10 @@ def _build_cache(listing: Listing, side: int, file: Path, block: int = 1024) -> 
 
     try:
         write(file, fill, f".{os.getpid()}.part")
+        file.with_suffix(".skipped.txt").unlink(missing_ok=True)
+        if len(skipped) > SKIPPED_SHOWN:
+            names = "".join(f"{path}: {why}\n" for path, why in skipped)
+            file.with_suffix(".skipped.txt").write_bytes(names.encode("utf-8", "backslashreplace"))
     except OSError as error:
         if error.errno not in FULL:
             raise

@@ -16,6 +16,9 @@ import contextlib
 import copy
 import json
 import math
+import os
+import shlex
+import shutil
 import signal
 import statistics
 import time
@@ -54,7 +57,8 @@ from tasks import ACTIVATIONS, LOSSES, TASKS, LabelTask, MixupTransform, Questio
 QUESTION = {"candidates", "sources", "views", "activation", "loss", "symmetric", "few", "contrast", "beta", "crop"}
 DECODER = {"decoder", "hidden", "temperature"}  # options
 PLUMBING = {"out", "overwrite", "resume", "data_dir", "device", "images", "compile"}  # options that change no figure
-PLUMBING |= {"checkpoint_every", "inspect_every"}
+OFTEN = {"checkpoint_every", "inspect_every"}
+PLUMBING |= OFTEN
 FIGURES = {  # name: (what it is called, its format)
     "loss": ("loss", ".3f"),
     "source_accuracy": ("sources named right", ".1%"),
@@ -114,10 +118,13 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     unused = QUESTION - settings - ({"beta"} if "dist" in settings else set())
     unused |= DECODER if issubclass(TASKS[args.task], LabelTask) else set()
     parser.refuse(unused, f"is given, and --task {args.task} has no use for it; leave one of them out")
+    compilers = (os.environ.get("CXX"), "c++", "g++", "clang++", "cl")
+    if args.compile and not any(shutil.which(name) for name in compilers if name):
+        raise ValueProblem("compile", None, "needs a C++ compiler, such as g++, and there is none; leave it out")
     args.grow = args.encoder == "conv" if args.grow is None else args.grow
     if args.candidates not in (None, "batch"):
         parser.refuse({"few"}, f"is of `--candidates batch`, not {args.candidates}; leave one of them out")
-    return args, folder.resume(parser, args, {"epochs", "device", "checkpoint_every", "inspect_every"})
+    return args, folder.resume(parser, args, {"epochs", "device", "data", "data_dir", *OFTEN})
 
 
 def make_task(args: argparse.Namespace) -> WeightTask | LabelTask:
@@ -163,7 +170,7 @@ def main() -> None:
         progress.restore(saved)
     if args.compile:
         model.encoder.compile()
-    folder.make(place, args, device_name(device))
+    place = folder.make(place, args, device_name(device))
     print(images.describe())
     where = "streamed" if loaders[0].dataset.resident is None else "on the device"
     precision = ", bf16" if amp else ""
@@ -270,7 +277,7 @@ def fit(progress: Progress, train_loader: DataLoader, val_loader: DataLoader, lo
             if stop:
                 progress.saved(log.folder)
                 steps = f"stopped after {trainer.taken} of {trainer.steps} steps"
-                go_on = f"go on with: python train_pretext.py --resume {log.folder}"
+                go_on = f"go on with: python train_pretext.py --resume {shlex.quote(str(log.folder))}"
                 raise RunError(f"{steps}; {go_on}", interrupts.signal or signal.SIGTERM)
 
         for epoch in range(len(progress.history) + 1, args.epochs + 1):
@@ -396,11 +403,11 @@ def print_summary(summary: dict, place: Path) -> None:
             sampled = style.endswith("%") and row != "chance"  # which is exact
             cells.append(f"{value:{style}}" + f" ± {error:.1f}" * sampled)
         print(f"  {row:26}" + "".join(f"{cell:>22}" for cell in cells))
-    print(f"\nlook at it   tensorboard --logdir {place.parent}")
+    print(f"\nlook at it   tensorboard --logdir {shlex.quote(str(place.parent))}")
     if (place / "validation.png").exists():
         print(f"or           {place}/validation.before.png, validation.png")
     print(f"results      {place}/summary.json, history.csv, encoder.pt")
-    print(f"next         python train_transfer.py {place} scratch")
+    print(f"next         python train_transfer.py {shlex.quote(str(place))} scratch")
 
 
 if __name__ == "__main__":

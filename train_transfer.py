@@ -19,7 +19,9 @@ import itertools
 import json
 import operator
 import os
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -80,7 +82,7 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     add("--overwrite", action="store_true", help="replace the run that --out holds")
     add("--resume", type=command.place, metavar="FOLDER", help="go on with the run in this folder (default: a new run)")
     args = parser.parse_args()
-    saved = folder.resume(parser, args, {"device"})
+    saved = folder.resume(parser, args, {"device", "data", "data_dir"})
     if args.mode != "finetune":
         parser.refuse({"encoder_rate", "freeze"}, f"is of --mode finetune; --mode {args.mode} has no use for it")
     if not args.starts:
@@ -105,7 +107,7 @@ def main() -> None:
     for name, what in ("data", "the data"), ("starts", "a START"):
         if saved and saved[name] != state[name]:
             raise UsageError(f"--resume {args.resume}: {what} is another than it was; start a new run")
-    folder.make(place, args, device_name(device))
+    place = folder.make(place, args, device_name(device))
     print(data.images.describe())
     counts = f"training on {len(data.train)} images of {len(data.counts)} classes, validating on {len(data.val)}"
     print(f"{args.mode}: {counts} of {len(data.held)}; {device_name(device)}{', bf16' if amp else ''}")
@@ -116,23 +118,29 @@ def main() -> None:
     with contextlib.closing(Log(place)) as log, command.Interrupts() as interrupts:
         log.text("settings", (place / "settings.json").read_text())
         for run in runs:
-            show(run, data, log)
+            log_curves(run, log)
 
         def after_step():
             if interrupts.signal:
-                go_on = f"go on with: python train_transfer.py --resume {place}"
+                go_on = f"go on with: python train_transfer.py --resume {shlex.quote(str(place))}"
                 raise RunError(f"stopped; the run that was under way will be done again; {go_on}", interrupts.signal)
 
         for seed, start in itertools.product(range(args.seed, args.seed + args.runs), starts):
             if not any((run["start"], run["seed"]) == (start.name, seed) for run in runs):
                 runs.append(run_once(start, data, recipe, seed, after_step))
-                show(runs[-1], data, log)
+                log_curves(runs[-1], log)
                 checkpoint.save_last({**state, "runs": runs}, place)
                 after_step()
-    summary = {start.name: summarise(args, [r for r in runs if r["start"] == start.name], device) for start in starts}
-    files.write_csv(predictions(runs, data), place / "predictions.csv")
-    files.write_json(summary, place / "summary.json")
-    print_summary(args, summary, data, place)
+        rows = {start.name: [run for run in runs if run["start"] == start.name] for start in starts}
+        summary = {name: summarise(args, of_start, device) for name, of_start in rows.items()}
+        files.write_csv(predictions(runs, data), place / "predictions.csv")
+        files.write_json(summary, place / "summary.json")
+        print_summary(args, summary, data, place)
+        for run in runs:  # last: nothing but pictures is lost if one fails
+            try:
+                draw(run, data, log)
+            except Exception as error:  # noqa: BLE001
+                print(f"note: no picture of {run['start']}, seed {run['seed']}: {error}", file=sys.stderr)
 
 
 @dataclass
@@ -336,10 +344,14 @@ def title(name: str, data: Labelled) -> str:
     return FIGURES[name][1].format(classes=len(data.counts), held=len(data.held))
 
 
-def show(run: dict, data: Labelled, log: Log) -> None:
-    """The curves and pictures of a run, in TensorBoard."""
+def log_curves(run: dict, log: Log) -> None:
+    """The curves of a run, in TensorBoard."""
     for epoch, means in run["curve"]:
         log.scalars(None, epoch, {f"{run['start']}/seed {run['seed']} {name}": v for name, v in means.items()})
+
+
+def draw(run: dict, data: Labelled, log: Log) -> None:
+    """The pictures of a run, in TensorBoard."""
     answer, labels = Answer(**run["answer"]), data.images.labels[data.val]
     classes, said, step = data.images.listing.classes, answer.all_classes, run["seed"]
     log.picture(None, f"confusion/{run['start']}", draw_confusion(said, labels, classes), step)
@@ -382,7 +394,7 @@ def print_summary(args: argparse.Namespace, summary: dict, data: Labelled, place
         took = timedelta(seconds=round(row["seconds"]))
         print(f"{start:{width}}" + "".join(f"{cell:>20}" for cell in cells) + f"{took!s:>14}")
     print(f"top-1 on {len(data.val)} images of val/" + (f", mean ± std of {args.runs} runs" if args.runs > 1 else ""))
-    print(f"\nlook at it   tensorboard --logdir {place.parent}")
+    print(f"\nlook at it   tensorboard --logdir {shlex.quote(str(place.parent))}")
     print(f"results      {place}/summary.json, predictions.csv")
     if "scratch" not in summary:
         print("compare      add the word `scratch` to the starts")

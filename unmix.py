@@ -17,7 +17,7 @@ import torch
 from augment import augment, generator, to_pixels, whole_view
 from engine import DEVICES, choose_device
 from harness import checkpoint, command, folder, ranks
-from harness.decode import decode
+from harness.decode import Damaged, decode
 from harness.errors import UsageError, ValueProblem
 from harness.files import unusable
 from harness.pictures import draw_mixtures
@@ -110,8 +110,8 @@ def read(file: str, side: int) -> torch.Tensor:
     """An image file -> 3 side side uint8. Raises UsageError if it is no image."""
     try:
         return torch.tensor(decode(Path(file), side)).permute(2, 0, 1)
-    except Exception as error:  # damaged files raise many kinds
-        raise UsageError(f"{file} cannot be read ({type(error).__name__}: {error})".splitlines()[0]) from error
+    except (OSError, Damaged) as error:
+        raise UsageError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def report(names: list[str], predicted: list[float], pixels: list[float], truth: torch.Tensor | None) -> None:

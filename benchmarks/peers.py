@@ -157,7 +157,7 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     args = parser.parse_args()
     if NTXentLoss is None:
         raise UsageError("lightly is not installed: pip install -r benchmarks/requirements.txt")
-    saved = folder.resume(parser, args, {"device"})
+    saved = folder.resume(parser, args, {"device", "data", "data_dir"})
     if args.method not in METHODS:
         raise UsageError(f"give a method: {' or '.join(METHODS)}")
     of = {"prototypes": {"swav"}, "momentum": {"byol"}, "temperature": {"simclr", "swav"}}
@@ -205,7 +205,7 @@ def main() -> None:
         checkpoint.load_weights(model, saved["model"], f"the checkpoint in {place}")
         trainer.restore(saved)
         speeds, means = saved["speeds"], saved["means"]
-    folder.make(place, args, device_name(device))
+    place = folder.make(place, args, device_name(device))
     print(images.describe())
     print(f"{args.method}: training on {len(rows)} images; {device_name(device)}{', bf16' if amp else ''}")
     epoch_images = len(loader) * args.batch_size

@@ -86,11 +86,16 @@ def place(text: str) -> str:
 
 
 class Interrupts:
-    """Inside the block, Ctrl-C and SIGTERM only set `signal`; a second Ctrl-C ends the process at once."""
+    """Inside the block, what asks a process to end only sets `signal`: Ctrl-C, SIGTERM, SIGHUP of a terminal that
+    closes, and SIGUSR1, with which SLURM announces the end of its time. A second Ctrl-C ends the process at once. What
+    the shell had set to be ignored stays ignored, as Ctrl-C in a script's background jobs."""
 
     def __enter__(self):
-        self.signal = None
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.signal, self.before = None, {}
+        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]  # not on Windows
+        for number in (getattr(signal, name) for name in names):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self.before[number] = signal.signal(number, self._note)
         return self
 
     def _note(self, number, frame):
@@ -103,14 +108,45 @@ class Interrupts:
             signal.signal(number, handler)
 
 
+class Patient:
+    """A stream whose reader may go away, such as a terminal that closes: from then on nothing is written, and the run
+    goes on."""
+
+    def __init__(self, stream: io.TextIOWrapper):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """As of a file."""
+        self._try(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """As of a file."""
+        self._try(self.stream.flush)
+
+    def _try(self, act):
+        try:
+            act()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())  # what is in its buffer goes there, too
+            os.close(nowhere)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Run a command and exit: 0, or 2 for wrong use and 1 for a failed run, with one line that says why."""
     script = Path(sys.argv[0]).name + (f" (rank {ranks.RANK})" if ranks.RANK else "")
     if ranks.RANK:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  only the first rank prints
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a file's name may not be text in the terminal's encoding
+            # A file's name may not be text in the terminal's encoding; a log is read while it is written.
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+            setattr(sys, name, Patient(stream))
 
     try:
         status = main() or 0

@@ -17,6 +17,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+LEFT_BEHIND = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}  # folders
 FULL = (errno.ENOSPC, errno.EDQUOT)  # what a full disk says
 _held = contextlib.ExitStack()  # locks of the command that is running
 
@@ -94,16 +95,23 @@ def refuse_inside(images: str, name: str, place: str | Path) -> None:
         raise ValueProblem(name, place, problem)
 
 
+def ignored(folder: str) -> bool:
+    """Whether a folder of this name is hidden, or one that some program leaves behind among images."""
+    return folder.startswith(".") or folder in LEFT_BEHIND
+
+
 def files_below(root: Path, skipped: list[tuple[str, str]]) -> Iterator[str]:
-    """Relative paths of all files that are not hidden, through links too, each folder once. Folders that cannot be read
-    are added to `skipped`."""
+    """Relative paths of all files that are not hidden, through links too, each folder once. Folders that may not be
+    read are added to `skipped`. Raises OSError if one cannot be read, as when a drive is lost."""
     visited = set()
 
     def note(error):
+        if error.errno not in (errno.EACCES, errno.EPERM):
+            raise error
         skipped.append((os.path.relpath(error.filename, root), f"a folder that cannot be read: {error.strerror}"))
 
     for folder, folders, files in os.walk(root, onerror=note, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        folders[:] = sorted(f for f in folders if not ignored(f))
         real = os.path.realpath(folder)
         if real in visited:
             folders.clear()

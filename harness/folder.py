@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -20,6 +21,7 @@ import torchvision
 
 from harness import checkpoint
 from harness.command import Parser
+from harness.download import ARCHIVES
 from harness.errors import RunError, UsageError
 from harness.files import hold, refuse_inside, unusable, write_json
 from harness.log import SUBRUNS
@@ -40,12 +42,14 @@ def resume(parser: Parser, args: argparse.Namespace, may_change: set[str]) -> di
     Raises UsageError if there is no such run, or if an option is given that is not in `may_change`."""
     if not args.resume:
         return None
-    folder = Path(args.resume)
+    folder, script = Path(args.resume), Path(sys.argv[0]).resolve()  # it may have been started through a link
+    if folder.is_file():
+        raise UsageError(f"--resume {folder} is a file; give the folder that it is in")
     if not folder.is_dir():
         raise UsageError(f"--resume {folder}: no such folder")
     state = checkpoint.load_last(folder, lambda warning: print(warning, file=sys.stderr))
-    if not isinstance(state, dict) or state.get("script") != Path(sys.argv[0]).stem:
-        raise UsageError(f"--resume {folder} was no run of {Path(sys.argv[0]).name}")
+    if not isinstance(state, dict) or state.get("script") != script.stem:
+        raise UsageError(f"--resume {folder} was no run of {script.name}")
     if state.get("format") != FORMAT:
         commit = ""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -79,25 +83,47 @@ def choose(args: argparse.Namespace, script: str) -> Path:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out {folder} is a file; give a folder")
     refuse_inside(args.data, "out", folder)
-    old = _run_files(folder)
+    old = _run_files(folder) if args.out else []
     if old and not args.overwrite:
         raise UsageError(f"--out {folder} holds a run already ({old[0].name}); give another folder, or --overwrite it")
+    if old and not _is_run(folder):
+        raise UsageError(f"--out {folder}: {old[0].name} there is not of a run of this project; give another folder")
     return folder
+
+
+def _is_run(folder):
+    try:
+        return {"command", "settings", "versions"} <= json.loads((folder / "settings.json").read_text()).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _run_files(folder: Path) -> list[Path]:
     return [file for pattern in RUN_FILES for file in sorted(folder.glob(pattern))]
 
 
-def make(folder: Path, args: argparse.Namespace, device: str) -> None:
+def make(folder: Path, args: argparse.Namespace, device: str) -> Path:
     """Make the run's folder, lock it, and write `settings.json`: command, settings, versions, device. An older run in
-    it is removed, unless it is resumed. The first rank does this for all. Raises UsageError if another run is writing
-    there."""
+    it is removed, unless it is resumed. Without --out, the name gets a number if there is such a folder: several runs
+    may start in one second. The first rank does this for all. Returns the folder. Raises UsageError if another run is
+    writing there."""
+    for name in ("data", "data_dir"):  # so that the run can go on from another directory
+        if name == "data_dir" or args.data not in ("photos", *ARCHIVES):
+            setattr(args, name, os.path.abspath(getattr(args, name)))
     if RANK:
-        return
+        return folder
     resumed = bool(vars(args).get("resume"))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        name, number = folder.name, 1
+        while True:
+            try:
+                folder.mkdir(parents=True, exist_ok=bool(args.out))
+                break
+            except FileExistsError:
+                if args.out:
+                    raise
+                number += 1
+                folder = folder.with_name(f"{name}-{number}")
         hold(folder / ".lock")
         if resumed:
             (folder / "summary.json").unlink(missing_ok=True)  # a run that has it is complete
@@ -120,6 +146,7 @@ def make(folder: Path, args: argparse.Namespace, device: str) -> None:
     }
     before = len(list(folder.glob("settings.json")) + list(folder.glob("settings.resumed-*.json")))
     write_json(settings, folder / (f"settings.resumed-{before}.json" if before else "settings.json"))
+    return folder
 
 
 @contextlib.contextmanager
@@ -140,8 +167,8 @@ def rescued(folder: Path, state: Callable[[], dict]) -> Iterator[None]:
             except OSError:
                 shutil.rmtree(other or "", ignore_errors=True)
                 continue
-            where = f"the training state is in {other}: mend what is wrong and go on with --resume {other}"
-            raise RunError(f"{failure}; {where}") from error
+            go_on = f"mend what is wrong and go on with --resume {shlex.quote(str(other))}"
+            raise RunError(f"{failure}; the training state is in {other}: {go_on}") from error
         raise RunError(f"{failure}, nor can the temporary folder") from error
 
 

@@ -12,6 +12,8 @@ VIEW = 96  # px, side of a view on a contact sheet
 BAR = 14  # px, height of a weight's bar
 GAP = 8
 LINE = 24  # characters of a caption, at most
+CLASSES, MOST_CONFUSED = 40, 30  # in a confusion matrix at most; so many of them if there are more
+SHEET_LINES = 40  # of a contact sheet, at most
 INK, PAPER, FAINT, TRUE, PREDICTED = (30, 30, 30), (255, 255, 255), (225, 225, 225), (150, 150, 150), (125, 180, 225)
 WRONG = (200, 40, 30)
 
@@ -90,14 +92,22 @@ def draw_reliability(weights: torch.Tensor, predicted: torch.Tensor, bins: int =
 
 
 def draw_confusion(predicted: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> Image.Image:
-    """A confusion matrix: a row for each class that occurs, a column for each class.
+    """A confusion matrix: a row for each class that occurs, a column for each class. Of more than 40 classes, the 30
+    that are taken for others, or others for them, most often.
 
     predicted, labels  M int64, indices into `classes`. A cell has the per cent of its row; right ones are framed.
     """
-    counts = torch.zeros(len(classes), len(classes)).index_put_((labels, predicted), torch.ones(()), accumulate=True)
-    rows, names = labels.unique().tolist(), [name[:16] for name in classes]
+    shown, wrong = torch.arange(len(classes)), predicted != labels
+    if len(classes) > CLASSES:
+        confused = torch.cat([labels[wrong], predicted[wrong]]).bincount(minlength=len(classes))
+        shown = confused.topk(MOST_CONFUSED).indices.sort().values
+    of_all = labels.bincount(minlength=len(classes))[shown].tolist()
+    both = torch.isin(labels, shown) & torch.isin(predicted, shown)
+    pairs = (torch.searchsorted(shown, part[both]) for part in (labels, predicted))
+    counts = torch.zeros(len(shown), len(shown)).index_put_(tuple(pairs), torch.ones(()), accumulate=True)
+    rows, names = [i for i, count in enumerate(of_all) if count], [classes[i][:16] for i in shown.tolist()]
     cell, margin = 34, 8 + round(max(_font().getlength(name) for name in names))
-    sheet = Image.new("RGB", (2 * margin + len(classes) * cell, margin + len(rows) * cell + GAP), PAPER)
+    sheet = Image.new("RGB", (2 * margin + len(names) * cell, margin + len(rows) * cell + GAP), PAPER)
     draw = ImageDraw.Draw(sheet)
     for column, name in enumerate(names):
         slip = Image.new("RGB", (margin, 16), PAPER)
@@ -107,7 +117,7 @@ def draw_confusion(predicted: torch.Tensor, labels: torch.Tensor, classes: list[
         top = margin + line * cell
         draw.text((4, top + 10), names[label], INK, _font())
         for column, count in enumerate(counts[label].tolist()):
-            share = count / counts[label].sum().item()
+            share = count / of_all[label]
             shade = tuple(round(255 + share * (dark - 255)) for dark in (31, 119, 180))
             left, right = margin + column * cell, column == label
             box = (left, top, left + cell - 2, top + cell - 2)
@@ -120,7 +130,8 @@ def draw_confusion(predicted: torch.Tensor, labels: torch.Tensor, classes: list[
 
 
 def draw_sheet(images: np.ndarray, captions: Sequence[tuple[str, str]], columns: int = 6) -> Image.Image:
-    """A contact sheet: images M 3 H W uint8, each above two lines of text."""
+    """A contact sheet: images M 3 H W uint8, each above two lines of text; the first 40 lines of it."""
+    images, captions = images[: SHEET_LINES * columns], captions[: SHEET_LINES * columns]
     fits = max((_font(12).getlength(line[:LINE]) for pair in captions for line in pair), default=0)
     width, height = max(VIEW, math.ceil(fits)) + GAP, VIEW + 46
     lines = max(1, -(-len(captions) // columns))

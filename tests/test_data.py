@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import data
 from data import (
@@ -21,7 +22,7 @@ from data import (
     open_pretext,
     pretext_split,
 )
-from harness.decode import decode
+from harness.decode import Damaged, decode
 from harness.errors import UsageError
 
 
@@ -144,20 +145,78 @@ def test_a_folder_that_cannot_be_read_is_named(labelled, monkeypatch):
     assert ("train/ant", "a folder that cannot be read: Permission denied") in list_data(str(labelled)).skipped
 
 
-def test_what_the_machine_refuses_is_not_taken_for_a_damaged_image(folder, tmp_path, monkeypatch):
-    refused = []
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT, errno.ENOENT])
+def test_a_drive_that_is_lost_is_not_taken_for_damaged_images(folder, tmp_path, monkeypatch, number):
+    read = Path.read_bytes
 
-    def refuse(file, side):
-        if not refused:
-            refused.append(file)
-            raise PermissionError(errno.EACCES, "Permission denied", str(file))
-        return decode(file, side)
+    def lost(file):
+        if file.suffix == ".png" and int(file.stem) > 20:
+            raise OSError(number, os.strerror(number), str(file))
+        return read(file)
 
-    monkeypatch.setattr(data, "decode", refuse)
-    with pytest.raises(PermissionError):
-        open_images(list_data(str(folder)), 16, tmp_path / "data")
-    images = open_images(list_data(str(folder)), 16, tmp_path / "data")
+    monkeypatch.setattr(Path, "read_bytes", lost)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        opened(folder, tmp_path)
+    assert not list(tmp_path.rglob("*.cache"))
+    monkeypatch.setattr(Path, "read_bytes", read)
+    images = opened(folder, tmp_path)
     assert len(images.labels) == 40 and not images.listing.skipped
+
+
+def test_what_was_skipped_is_tried_again_by_other_decoders(folder, tmp_path, monkeypatch):
+    good = (folder / "00.png").read_bytes()
+    stat = (folder / "00.png").stat()
+    (folder / "00.png").write_bytes(bytes(len(good)))
+    os.utime(folder / "00.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert len(opened(folder, tmp_path).labels) == 39
+    (folder / "00.png").write_bytes(good)  # as if it could be decoded now: same size, same time
+    os.utime(folder / "00.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert len(opened(folder, tmp_path).labels) == 39
+    monkeypatch.setattr(data, "decoders", lambda: ["Pillow 99"])
+    assert len(opened(folder, tmp_path).labels) == 40
+
+
+def test_what_a_person_can_mend_is_said(tmp_path, patches):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    patches[0].save(folder / "good.png")
+    (folder / "pointer.jpg").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    (folder / "page.jpg").write_bytes(b"\n<!DOCTYPE html><html><body>404</body></html>")
+    (folder / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64))
+    said = dict(opened(folder, tmp_path).listing.skipped)
+    assert "git lfs pull" in said["pointer.jpg"] and "a web page" in said["page.jpg"]
+    assert "pillow-heif" in said["phone.heic"]
+
+
+def test_good_pictures_in_odd_files(tmp_path, patches):
+    text, plain = PngInfo(), patches[0].resize((256, 192))
+    for i in range(4):
+        text.add_text(f"settings {i}", "x" * 2**20, zip=True)
+    plain.save(tmp_path / "text.png", pnginfo=text)
+    assert (decode(tmp_path / "text.png", 64) == decode_image(plain, tmp_path)).all()
+    for options in ({}, {"progressive": True}):
+        plain.save(tmp_path / "whole.jpg", quality=95, **options)
+        content = (tmp_path / "whole.jpg").read_bytes()
+        (tmp_path / "no-end.jpg").write_bytes(content[:-2])
+        assert (decode(tmp_path / "no-end.jpg", 64) == decode(tmp_path / "whole.jpg", 64)).all()
+        for share in (0.5, 0.9, 0.99):
+            (tmp_path / "cut.jpg").write_bytes(content[: int(share * len(content))])
+            with pytest.raises(Damaged, match="truncated"):
+                decode(tmp_path / "cut.jpg", 64)
+
+
+def decode_image(image, folder):
+    image.save(folder / "plain.png")
+    return decode(folder / "plain.png", 64)
+
+
+def test_names_of_many_skipped_files_go_to_a_file(folder, tmp_path):
+    for i in range(300):
+        (folder / f"{i}.txt").write_text("a caption")
+    images = opened(folder, tmp_path)
+    lines = images.describe().splitlines()
+    assert len(lines) == 12 and lines[-1].startswith("300 files skipped") and str(images.skipped_file) in lines[-1]
+    assert len(images.skipped_file.read_text().splitlines()) == 300
 
 
 def test_a_val_beside_images_without_classes_is_not_trained_on(labelled):
@@ -357,3 +416,36 @@ def test_two_processes_that_build_the_same_cache_at_once(folder, tmp_path):
     alone = open_images(list_data(str(folder)), 16, tmp_path / "alone").pixels[:].sum()
     assert [int(found) for found in sums] == [alone, alone]
     assert len(list((tmp_path / "shared" / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize("names", [("train", "valid", "test"), ("Train", "Val"), ("training", "testing")])
+def test_what_looks_like_images_held_out_is_never_trained_on(tmp_path, patches, names):
+    for number, name in enumerate(names):
+        for cls in ("ant", "bee"):
+            (tmp_path / "data" / name / cls).mkdir(parents=True)
+            patches[number].save(tmp_path / "data" / name / cls / "0.png")
+    with pytest.raises(UsageError, match=rf"{names[1]}/ beside {names[0]}/ .*train/CLASS/ and val/CLASS/"):
+        list_data(str(tmp_path / "data"))
+    assert len(list_data(str(tmp_path / "data" / names[0])).entries) == 2
+
+
+def test_folders_that_tools_leave_behind_are_no_classes(labelled, patches):
+    for name in ("@eaDir", "__MACOSX", ".ipynb_checkpoints", "lost+found"):
+        for split in ("train", "val", "unsup"):
+            (labelled / split / name).mkdir()
+            patches[0].save(labelled / split / name / "0.png")
+    listing = list_data(str(labelled))
+    assert listing.classes == ["ant", "bee", "cow"] and len(listing.entries) == 48 and not listing.skipped
+
+
+def test_a_drive_that_is_lost_while_it_is_listed(labelled, monkeypatch):
+    scandir = os.scandir
+
+    def lost(path="."):
+        if Path(path).name == "bee":
+            raise OSError(errno.ENOTCONN, "Transport endpoint is not connected", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", lost)
+    with pytest.raises(OSError, match="not connected"):
+        list_data(str(labelled))

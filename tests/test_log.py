@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from augment import to_pixels
 from harness.log import Log
-from harness.pictures import draw_mixtures, draw_reliability
+from harness.pictures import draw_confusion, draw_mixtures, draw_reliability, draw_sheet
 from tasks import MixupTransform, guess
 
 
@@ -67,3 +67,18 @@ def test_reliability_shows_how_far_predictions_are_from_the_truth():
     right, flat = (draw_reliability(true, predicted) for predicted in (true, torch.full((101,), 0.5)))
     assert right.size == flat.size and 1.2 < right.width / right.height < 2
     assert np.abs(np.asarray(right, int) - np.asarray(flat, int)).mean() > 1
+
+
+def test_pictures_do_not_grow_with_the_number_of_classes():
+    classes = [f"class {i}" for i in range(2000)]
+    labels = torch.arange(2000).repeat(3)
+    predicted = labels.clone()
+    predicted[labels == 7] = 1999  # the two that are confused most
+    small = draw_confusion(predicted, labels, classes)
+    assert max(small.size) < 2000
+    red = np.asarray(small).astype(int)
+    assert ((red[:, :, 2] - red[:, :, 0]) > 100).sum() > 500  # a dark cell
+    few = draw_confusion(labels[:30], labels[:30], classes[:40])
+    assert few.size[0] > few.size[1]
+    images = np.zeros((3000, 3, 8, 8), np.uint8)
+    assert max(draw_sheet(images, [("a", "b")] * 3000).size) < 8000

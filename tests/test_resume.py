@@ -211,7 +211,7 @@ def test_nothing_that_can_be_used(script, stopped):
     [
         (("--lr", "1e-4"), "--lr cannot be given with --resume"),
         (("--no-views",), "--views cannot be given"),
-        (("--data", "photos"), "--data cannot be given"),
+        (("--size", 16), "--size cannot be given"),
         (("--out", "other"), "--out cannot be given"),
     ],
 )

@@ -255,3 +255,14 @@ def test_another_start_than_it_was(transfer, script, pretrained, tmp_path):
     torch.save(build_encoder("conv").state_dict(), "mine/encoder.pt")
     end = script("train_transfer.py", "--resume", "out")
     assert end.status == 2 and "a START is another than it was" in end.err
+
+
+def test_a_picture_that_fails_costs_no_result(script, cache, short_run, monkeypatch):
+    def fail(*args):
+        raise ValueError("too large")
+
+    monkeypatch.setattr("harness.pictures.draw_confusion", fail)
+    end = script("train_transfer.py", short_run, "--mode", "knn", "--data-dir", cache, "--out", "run")
+    assert end.status == 0 and end.err.count("\n") == 1 and "no picture of" in end.err and "too large" in end.err
+    assert Path("run/summary.json").exists() and Path("run/predictions.csv").exists()
+    assert "top-1 on" in end.out

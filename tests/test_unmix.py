@@ -54,8 +54,8 @@ def test_the_same_seed_mixes_the_same_views(script, short_run, photos):
     "case, message",
     [
         ("one image", "one image is given; give two or more"),
-        ("no file", "nowhere.jpg cannot be read (FileNotFoundError"),
-        ("no image", "notes.txt cannot be read (UnidentifiedImageError"),
+        ("no file", "nowhere.jpg cannot be read: No such file"),
+        ("no image", "notes.txt cannot be read: no image"),
         ("sum", "--weights 0.3 0.3: give two or more numbers between 0 and 1 that sum to 1"),
         ("one weight", "--weights 1: give two or more"),
         ("too many", "--weights has 3 numbers for 2 images"),
