@@ -154,8 +154,6 @@ def rescued(folder: Path, state: Callable[[], dict]) -> Iterator[None]:
     """A block that writes to the run's folder. If it cannot, `state()` is saved elsewhere, and RunError says where."""
     try:
         yield
-    except BrokenPipeError:  # the reader of the output has gone; the folder is fine
-        raise
     except OSError as error:
         failure = f"{folder} cannot be written to ({error.strerror or error})"
         to_save = state()
