@@ -122,10 +122,8 @@ def _list_folder(root: Path) -> Listing:
     folders = {name.lower(): name for name in _folders(root)}
     trained, held = ([folders[name] for name in names if name in folders] for names in (TRAINED, HELD_OUT))
     if trained and held and not labelled and not problem:
-        problem = (
-            f"{held[0]}/ beside {trained[0]}/ looks like images that are not for training; name them train/CLASS/ "
-        )
-        problem += "and val/CLASS/, or give the folder of those to train on"
+        problem = f"{held[0]}/ beside {trained[0]}/ looks like images that are not for training; name them "
+        problem += "train/CLASS/ and val/CLASS/, or give the folder of those to train on"
     if labelled and (unknown := sorted(set(val_classes) - set(classes))):
         problem = f"val/{unknown[0]}/ is a class that train/ does not have; rename it to one, or remove it"
     if problem:

@@ -33,11 +33,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from augment import generator
-from data import Entry, Images, Listing, get_dataloaders
+from benchmarks.speed import as_images, timed
+from data import get_dataloaders
 from engine import Trainer
 from harness import command
 from harness.files import write_json
@@ -112,14 +114,6 @@ def told(text: str) -> dict:
 # -------------------------------------------------------------------------------------------------- what the parts use
 
 
-class NoBar:
-    """In place of a progress bar."""
-
-    def update(self, count): ...
-
-    def set_postfix(self, *args, **options): ...
-
-
 def wait(device: torch.device) -> None:
     """Until the GPU has done all."""
     if device.type == "cuda":
@@ -142,9 +136,7 @@ def make_loader(device: str, batch: int, size: int, batches: int, place: str, fo
     file = Path(folder, f"images-{side}")
     small = np.random.default_rng(0).integers(0, 255, (count, 3, 8, 8), dtype=np.uint8)
     file.write_bytes(small.repeat(side // 8, axis=2).repeat(side // 8, axis=3).tobytes())
-    pixels = np.memmap(file, np.uint8, "r", shape=(count, 3, side, side))
-    entries = [Entry(f"{i}", "unsup", -1) for i in range(count)]
-    images = Images(Listing("x", "x", {}, [], entries, [], None, side, ""), pixels, torch.full((count,), -1))
+    images = as_images(np.memmap(file, np.uint8, "r", shape=(count, 3, side, side)))
     rows = np.arange(batch * batches) % count
     return get_dataloaders(images, rows, range(3), batch, 0, torch.device(device), place)[0]
 
@@ -153,24 +145,14 @@ def warm_up(trainer: Trainer, loader) -> int:
     """Train until kernels are chosen and graphs are recorded. Returns the number of epochs."""
     epoch = 0
     while epoch < 2 or (trainer.recorded and trainer.recorded.works and not all(trainer.recorded.calls.values())):
-        trainer.train_epoch(loader, epoch, NoBar())
+        trainer.train_epoch(loader, epoch, tqdm(disable=True))
         epoch += 1
     return epoch
 
 
-def timed(step, seconds: float, device: torch.device) -> float:
+def milliseconds(step, seconds: float, device: torch.device) -> float:
     """Milliseconds a call of `step(number)`."""
-    for number in range(10):
-        step(number)
-    wait(device)
-    start, number = time.perf_counter(), 10
-    while time.perf_counter() - start < seconds or number < 15:
-        step(number)
-        number += 1
-        if number % 20 == 0:
-            wait(device)
-    wait(device)
-    return 1e3 * (time.perf_counter() - start) / (number - 10)
+    return 1e3 / timed(step, 1, seconds, device)
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
@@ -185,11 +167,11 @@ def env(args: argparse.Namespace) -> dict:
         found |= {"cudnn": torch.backends.cudnn.version(), "free_gb": torch.cuda.mem_get_info()[0] / 1e9}
     n = 512 if args.quick else 8192
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    found["matmul_tflops"] = 2 * n**3 / timed(lambda _: a @ b, 0.3, device) / 1e9
+    found["matmul_tflops"] = 2 * n**3 / milliseconds(lambda _: a @ b, 0.3, device) / 1e9
     x, y = torch.empty(2, 2 ** (22 if args.quick else 30), dtype=torch.uint8, device=device)
-    found["copy_gb_s"] = 2 * x.numel() / timed(lambda _: y.copy_(x), 0.3, device) / 1e6
+    found["copy_gb_s"] = 2 * x.numel() / milliseconds(lambda _: y.copy_(x), 0.3, device) / 1e6
     one = torch.zeros(64, device=device)
-    found["launch_us"] = 1e3 * timed(lambda _: [one.add_(1) for _ in range(200)], 0.3, device) / 200
+    found["launch_us"] = 1e3 * milliseconds(lambda _: [one.add_(1) for _ in range(200)], 0.3, device) / 200
     return found
 
 
@@ -257,7 +239,7 @@ def waits(args: argparse.Namespace) -> dict:
                 warnings.showwarning = note
                 if device.type == "cuda":
                     torch.cuda.set_sync_debug_mode("warn")
-                trainer.train_epoch(loader, epochs, NoBar())
+                trainer.train_epoch(loader, epochs, tqdm(disable=True))
                 if device.type == "cuda":
                     torch.cuda.set_sync_debug_mode("default")
             found[f"{place}{', graphs' * graphs}"] = dict(seen)
@@ -358,13 +340,13 @@ def speed(args: argparse.Namespace, compiled: bool = False) -> dict:
                 if graphs and not trainer.recorded:
                     continue
                 name = "recorded" if graphs else "eager"
-                row[f"{name}_limit"] = 1e3 * batch / timed(fixed, seconds, device)
+                row[f"{name}_limit"] = 1e3 * batch / milliseconds(fixed, seconds, device)
                 for place, loader in loaders.items():
                     trainer.taken, rates = 0, []
                     epochs = warm_up(trainer, loader)
                     for epoch in range(epochs, epochs + 3):
                         clock = time.perf_counter()
-                        trainer.train_epoch(loader, epoch, NoBar())
+                        trainer.train_epoch(loader, epoch, tqdm(disable=True))
                         rates.append(len(loader) * batch / (time.perf_counter() - clock))
                     row[f"{name}_{place}"] = statistics.median(rates)
                 row[f"{name}_ratio"] = row[f"{name}_device"] / row[f"{name}_limit"]

@@ -310,6 +310,16 @@ def decode(args: argparse.Namespace) -> dict:
     return {"images_per_second": len(images.labels) / cached, "pillow": len(files) / alone}
 
 
+def as_images(pixels: np.ndarray) -> Images:
+    """Pixels N 3 H H uint8, as a data set without labels."""
+    entries = [Entry(f"{i}", "unsup", -1) for i in range(len(pixels))]
+    return Images(
+        Listing("pixels", "pixels", {}, [], entries, [], None, pixels.shape[2], ""),
+        pixels,
+        torch.full((len(pixels),), -1),
+    )
+
+
 def growth(args: argparse.Namespace, count: int) -> dict:
     """Training that streams from `count` images: seconds an image, those of loading alone, and memory in MB."""
     side = 2 * args.size
@@ -322,10 +332,7 @@ def growth(args: argparse.Namespace, count: int) -> dict:
             stream.flush()
             os.fsync(stream.fileno())  # otherwise the system writes it out while the clock runs
         del block
-        pixels = np.memmap(file, np.uint8, "r", shape=(count, 3, side, side))
-        entries = [Entry(f"{i}", "unsup", -1) for i in range(count)]
-        listing = Listing("growth", "growth", {}, [], entries, [], None, side, "")
-        images = Images(listing, pixels, torch.full((count,), -1))
+        images = as_images(np.memmap(file, np.uint8, "r", shape=(count, 3, side, side)))
         trainer, device = build(args, MixupTransform(size=args.size))
         loader, _ = get_dataloaders(images, range(count), range(3), args.batch_size, 0, device, "stream")
 
