@@ -21,6 +21,11 @@ STD = torch.tensor([0.229, 0.224, 0.225])
 GREY = torch.tensor([0.299, 0.587, 0.114])  # luma, ITU-R BT.601
 TO_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 FROM_YIQ = torch.linalg.inv(TO_YIQ)
+# A colour matrix is luma, plus chroma times the cosine of its turn, plus turned chroma times the sine: 3 9.
+CHROMA = torch.zeros(3, 3, 3)
+CHROMA[0, 0, 0] = CHROMA[1, 1, 1] = CHROMA[1, 2, 2] = CHROMA[2, 2, 1] = 1
+CHROMA[2, 1, 2] = -1
+CHROMA = (FROM_YIQ @ CHROMA @ TO_YIQ).flatten(1)
 
 CROP = 0.3  # smallest share of the image that a view shows
 CROP_ASPECT = (3 / 4, 4 / 3)  # width / height of the crop
@@ -81,26 +86,26 @@ def augment(images: torch.Tensor, size: int, rng: torch.Generator, crop: float =
 
 def draw_views(count: int, rng: torch.Generator, crop: float = CROP) -> torch.Tensor:
     """Draw what `augment` varies, for `count` views, on the CPU: a table for `make_views`."""
-    draws = torch.rand(count, 10, generator=rng).unbind(1)
-    area = _between(draws[0], crop, 1.0)
-    aspect = _between(draws[1], *map(math.log, CROP_ASPECT)).exp()
+    low, high = _ranges(crop)
+    draws = low + (high - low) * torch.rand(count, 10, generator=rng)
+    area, aspect, left, top, flip, brightness, contrast, saturation, turn, grey = draws.unbind(1)
+    aspect = aspect.exp()
     width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
-    left, top = draws[2] * (1 - width), draws[3] * (1 - height)
-    flip = draws[4] < 0.5
+    left, top = left * (1 - width), top * (1 - height)
+    flip = flip < 0.5
     left, width = torch.where(flip, left + width, left), torch.where(flip, -width, width)
-
-    brightness = _between(draws[5], 1 - BRIGHTNESS, 1 + BRIGHTNESS)
-    contrast = _between(draws[6], 1 - CONTRAST, 1 + CONTRAST)
-    saturation = _between(draws[7], 1 - SATURATION, 1 + SATURATION)
-    saturation = saturation * (draws[9] >= GREY_SHARE)
-    turn = _between(draws[8], -HUE, HUE) * 2 * math.pi
-    rotate = torch.zeros(count, 3, 3)  # of the chroma plane of YIQ
-    rotate[:, 0, 0] = 1
-    rotate[:, 1, 1] = rotate[:, 2, 2] = turn.cos() * saturation
-    rotate[:, 2, 1] = turn.sin() * saturation
-    rotate[:, 1, 2] = -rotate[:, 2, 1]
-    colour = (brightness * contrast)[:, None, None] * (FROM_YIQ @ rotate @ TO_YIQ)  # N 3 3
+    saturation = saturation * (grey >= GREY_SHARE)
+    chroma = torch.stack([torch.ones(count), turn.cos() * saturation, turn.sin() * saturation], dim=1)  # N 3
+    colour = ((brightness * contrast)[:, None] * chroma @ CHROMA).view(count, 3, 3)
     return draw_boxes(left, width, top, height, colour, brightness * (1 - contrast))
+
+
+@functools.cache
+def _ranges(crop: float) -> torch.Tensor:
+    """The lower and upper ends of what `draw_views` draws: 2 10."""
+    ranges = [(crop, 1), tuple(map(math.log, CROP_ASPECT)), (0, 1), (0, 1), (0, 1)]
+    ranges += [(1 - spread, 1 + spread) for spread in (BRIGHTNESS, CONTRAST, SATURATION)]
+    return torch.tensor([*ranges, (-2 * math.pi * HUE, 2 * math.pi * HUE), (0, 1)]).T
 
 
 def draw_boxes(left, width, top, height, colour=None, tint=None) -> torch.Tensor:
@@ -149,7 +154,3 @@ def to_pixels(views: torch.Tensor) -> torch.Tensor:
     mean, std, _, _ = _constants(views.device)
     pixels = views * std[:, None, None] + mean[:, None, None]
     return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def _between(uniform: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    return low + (high - low) * uniform

@@ -43,6 +43,7 @@ VALIDATION_BLOCK = 256  # images in a validation batch, at most; part of the fix
 SMALLEST_VALIDATION = 3  # images; a validation mixture has three candidates
 PLACES = ("auto", "device", "stream")
 RESIDENT_SHARE = 0.5  # of the device's free memory, for images that live there
+STREAMERS = 4  # worker processes that gather batches for a GPU, at most
 EXPECTED = {  # where the images of a split should be
     "train": "train/CLASS/IMAGE",
     "val": "val/CLASS/IMAGE",
@@ -401,8 +402,8 @@ def get_dataloaders(
         resident = Resident(torch.from_numpy(np.array(images.pixels)).to(device), images.labels.to(device))
     elif device.type == "cuda":
         options = {"pin_memory": True}
-        if hasattr(os, "fork"):  # a worker gathers the next batches while the GPU computes
-            options |= {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": "fork"}
+        if hasattr(os, "fork"):  # workers gather the next batches while the GPU computes
+            options |= {"num_workers": max(1, min(STREAMERS, workers() - 1)), "persistent_workers": True, "multiprocessing_context": "fork"}
             options["worker_init_fn"] = _leave_interrupts
     train, val = ImageDataset(images, train, resident), ImageDataset(images, val, resident)
     blocks = np.array_split(np.arange(len(val)), -(-len(val) // VALIDATION_BLOCK))

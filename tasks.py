@@ -211,9 +211,15 @@ class MixupTransform(WeightTask):
         return Question(mixtures, asked, (every, candidates), (whole, answer))
 
     def draw_sources(self, B: int, n: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of the batch, B n: the k sources, then n - k distractors; the sources' weights, B k."""
-        keys = torch.rand(B, B, generator=rng).fill_diagonal_(-1)  # the example itself comes first
-        rows = keys.topk(n, dim=1, largest=False).indices
+        """Rows of the batch, B n: the k sources, then n - k distractors; the sources' weights, B k.
+
+        The images stand in a circle in random order, and a mixture's candidates stand at the same n distances from its
+        own image as those of every other. So every image is in k mixtures, and the cost grows with B n, not B squared.
+        """
+        circle = torch.randperm(B, generator=rng)
+        steps = F.pad(1 + torch.randperm(B - 1, generator=rng)[: n - 1], (1, 0))  # n  the example itself comes first
+        rows = torch.empty(B, n, dtype=torch.long)
+        rows[circle] = circle[(torch.arange(B)[:, None] + steps) % B]
         left = torch.ones(B)
         weights = []
         for share in sample(self.dist, (self.sources - 1, B), rng):
