@@ -403,8 +403,8 @@ def get_dataloaders(
     elif device.type == "cuda":
         options = {"pin_memory": True}
         if hasattr(os, "fork"):  # workers gather the next batches while the GPU computes
-            options |= {"num_workers": max(1, min(STREAMERS, workers() - 1)), "persistent_workers": True, "multiprocessing_context": "fork"}
-            options["worker_init_fn"] = _leave_interrupts
+            options |= {"persistent_workers": True, "multiprocessing_context": "fork"}
+            options |= {"worker_init_fn": _leave_interrupts, "num_workers": max(1, min(STREAMERS, workers() - 1))}
     train, val = ImageDataset(images, train, resident), ImageDataset(images, val, resident)
     blocks = np.array_split(np.arange(len(val)), -(-len(val) // VALIDATION_BLOCK))
     blocks = [slice(int(block[0]), int(block[-1]) + 1) for block in blocks]

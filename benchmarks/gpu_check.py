@@ -231,7 +231,8 @@ def waits(args: argparse.Namespace) -> dict:
             def note(message, category, filename, lineno, file=None, line=None, seen=seen):
                 if "called a synchronizing" in str(message):
                     stack = [frame for frame in traceback.extract_stack() if str(ROOT) in frame.filename]
-                    inner = [f for f in stack if Path(f.filename).name not in (Path(__file__).name, "command.py")] or stack
+                    outer = (Path(__file__).name, "command.py")
+                    inner = [f for f in stack if Path(f.filename).name not in outer] or stack
                     seen[f"{Path(inner[-1].filename).name}:{inner[-1].lineno} {inner[-1].line}"] += 1
 
             with warnings.catch_warnings():
