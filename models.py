@@ -8,7 +8,9 @@ import difflib
 import functools
 import math
 import pickle
+import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from harness.ranks import encode
 
 LEAST_RIDGE = 1e-5  # so that a system has one solution, whatever is learned
 
+WIDTHS = (32, 64, 128, 256)  # channels of the encoder conv
 USUAL_SIZE = 224  # px; the views that torchvision's networks are made for
 ENCODERS = ["conv", *torchvision.models.list_models(module=torchvision.models)]  # its classification networks
 OTHER_HEAD = "has another kind of head than one Linear layer"
@@ -52,9 +55,13 @@ class ResBlock(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """Convolutions that widen as they halve the picture, residual blocks, then mean and maximum: B 3 S S -> B D."""
+    """Convolutions that widen as they halve the picture, residual blocks, then mean and maximum: B 3 S S -> B D.
 
-    def __init__(self, widths: tuple[int, ...] = (32, 64, 128, 256), blocks: int = 1):
+    widths  channels of each convolution; D is twice the last
+    blocks  residual blocks; encoders of earlier versions have two
+    """
+
+    def __init__(self, widths: Sequence[int] = WIDTHS, blocks: int = 1):
         super().__init__()
         self.out_features = 2 * widths[-1]
         self.convs = nn.Sequential(
@@ -100,15 +107,17 @@ def torchvision_encoder(name: str, pretrained: bool = False) -> nn.Module:
     return net
 
 
-def build_encoder(name: str, pretrained: bool = False, size: int | None = None, blocks: int = 1) -> nn.Module:
-    """The encoder of that name, one of `ENCODERS`; `encoder.out_features` is D. `blocks` are the residual blocks of
-    conv: one, or the two that it had at first. Raises UsageError if the name is unknown, if the network cannot be used
-    as an encoder, or if it does not take views of `size` px (None: not checked)."""
+def build_encoder(name: str, pretrained: bool = False, size: int | None = None, **shape) -> nn.Module:
+    """The encoder of that name, one of `ENCODERS`; `encoder.out_features` is D. `shape`: `widths` and `blocks` of conv,
+    see `ConvEncoder`. Raises UsageError if the name is unknown, if the network cannot be used as an encoder, or if it
+    does not take views of `size` px (None: not checked)."""
     if name not in ENCODERS:
         close = ", ".join(difflib.get_close_matches(name, ENCODERS, 3) or ["resnet18"])
         problem = f"is unknown: use conv, or a classification network of torchvision, such as {close}"
         raise ValueProblem("encoder", name, problem)
-    encoder = ConvEncoder(blocks=blocks) if name == "conv" else torchvision_encoder(name, pretrained)
+    if shape and name != "conv":
+        raise ValueProblem("widths", None, f"is of the encoder conv; {name} has widths of its own")
+    encoder = ConvEncoder(**shape) if name == "conv" else torchvision_encoder(name, pretrained)
     if size is not None:
         check_size(encoder, name, size)
     return encoder.train()
@@ -129,11 +138,12 @@ def check_size(encoder: nn.Module, name: str, size: int) -> None:
         raise ValueProblem("encoder", name, f"{OTHER_HEAD}; use another network")
 
 
-def blocks_of(state: dict[str, torch.Tensor]) -> int:
-    """How many residual blocks the weights of a conv encoder have; 1 for those of other encoders."""
+def shape_of(state: dict[str, torch.Tensor]) -> dict:
+    """The `shape` that `build_encoder` takes, of the weights of a conv encoder; {} for those of other encoders."""
     if "convs.0.0.weight" not in state:
-        return 1
-    return len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+        return {}
+    widths = [weight.shape[0] for name, weight in state.items() if re.fullmatch(r"convs\.\d+\.0\.weight", name)]
+    return {"widths": widths, "blocks": len({name.split(".")[1] for name in state if name.startswith("blocks.")})}
 
 
 def solve(systems: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -378,10 +388,11 @@ def build_model(
     pretrained: bool = False,
     hidden: int = 0,
     temperature: float | None = None,
+    widths: Sequence[int] | None = None,
 ) -> Unmixer | Classifier:
     """The network for views of `size` px: an Unmixer, or with `classes` a Classifier, which has no decoder. For
-    `hidden` and `temperature` see `build_decoder`. Raises UsageError."""
-    net = build_encoder(encoder, pretrained, size)
+    `hidden` and `temperature` see `build_decoder`, for `widths` ConvEncoder. Raises UsageError."""
+    net = build_encoder(encoder, pretrained, size, **({"widths": widths} if widths else {}))
     if classes:
         return Classifier(net, classes)
     return Unmixer(net, build_decoder(decoder, net.out_features, hidden, temperature))

@@ -95,6 +95,7 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     add("--beta", type=command.positive, help="weights from Beta(b, b) (default: uniform)")
     add = parser.add_argument_group("network").add_argument
     add("--encoder", default="conv", help="what is kept: conv, or a classification network of torchvision by name")
+    add("--widths", type=integer(1), nargs="+", help="channels of conv's convolutions (default: 32 64 128 256)")
     add("--decoder", choices=DECODERS, default="ridge", help="what compares mixture and candidates")
     add("--hidden", type=integer(0), default=0, help="width of the projection's hidden layer; 0: linear")
     add("--temperature", type=command.positive, help="of `--decoder cosine` (default: learned)")
@@ -148,8 +149,8 @@ def main() -> None:
     amp = choose_amp(args.amp, device)
     task = make_task(args)
     torch.manual_seed(args.seed)
-    decoder = {"hidden": args.hidden, "temperature": args.temperature}
-    model = build_model(args.encoder, args.decoder, args.size, task.classes, **decoder)
+    shape = {name: getattr(args, name) for name in ("hidden", "temperature", "widths")}
+    model = build_model(args.encoder, args.decoder, args.size, task.classes, **shape)
     sizes = {view_size(epoch, args.epochs, args.size) for epoch in range(1, args.epochs + 1)} if args.grow else set()
     for size in sorted(sizes - {args.size}):
         try:

@@ -19,6 +19,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -52,15 +53,22 @@ ARCHIVES = {
     "imagewang": Archive(f"{FASTAI}imagewang.tgz", 2900347689, "2b7776bac0fc95db72ac8a3b091a3e30"),
     "imagenette2-160": Archive(f"{FASTAI}imagenette2-160.tgz", 99003388, "c475f8f7617a200ba35b9facc48443c3"),
     "imagewoof2-160": Archive(f"{FASTAI}imagewoof2-160.tgz", 92612825, "3559b194123981a540b87132dbda412f"),
-    "tinywang": Archive(
-        "http://cs231n.stanford.edu/tiny-imagenet-200.zip", 248100043, "90528d7ca1a48142e341f4ef8d21d0de", head=False
-    ),
 }
+TINY = Archive("http://cs231n.stanford.edu/tiny-imagenet-200.zip", 248100043, "90528d7ca1a48142e341f4ef8d21d0de", False)
+ARCHIVES |= {"tinywang": TINY, "probe40": TINY}
 
 EASY = ("n01443537", "n02988304", "n03796401", "n03854065", "n03837869",
         "n04507155", "n04146614", "n04398044", "n04285008", "n02802426")  # fmt: skip
 HARD = ("n02085620", "n02094433", "n02099601", "n02099712", "n02106662",  # dogs
         "n02113799", "n02123045", "n02123394", "n02124075", "n02125311")  # another, three cats, a cougar  # fmt: skip
+# The 40 of probe40.
+# fmt: off
+OTHERS = ("n01629819", "n01641577", "n01698640", "n01774750", "n01984695", "n02058221", "n02233338", "n02364673",
+          "n02480495", "n02486410", "n02669723", "n02843684", "n02892201", "n02909870", "n02950826", "n03042490",
+          "n03085013", "n03201208", "n03255030", "n03388043", "n03733131", "n03838899", "n03930313", "n03970156",
+          "n03976657", "n03980874", "n03983396", "n04008634", "n04070727", "n04259630", "n04366367", "n04456115",
+          "n04486054", "n04532670", "n04597913", "n07711569", "n07715103", "n07720875", "n09246464", "n10148035")
+# fmt: on
 
 
 def fetch(name: str, data_dir: str | Path) -> Path:
@@ -74,7 +82,7 @@ def fetch(name: str, data_dir: str | Path) -> Path:
     file = folder.parent / archive.url.rsplit("/", 1)[1]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with lock(folder.parent / f".{name}.lock", wait=True) or contextlib.nullcontext():
+        with lock(folder.parent / f".{file.name}.lock", wait=True) or contextlib.nullcontext():
             if not folder.is_dir():  # else another run has fetched it meanwhile
                 if not file.exists():
                     download(archive, file)
@@ -156,7 +164,10 @@ def unpack(name: str, file: Path, folder: Path) -> None:
     beside.mkdir()
     try:
         with tqdm(desc=f"unpacking {file.name}", unit="file", leave=False, disable=None) as bar:
-            (unpack_tiny_imagenet if name == "tinywang" else unpack_tar)(file, beside, bar)
+            if file.suffix == ".zip":
+                unpack_tiny_imagenet(name, file, beside, bar)
+            else:
+                unpack_tar(file, beside, bar)
         if not all((beside / name / split).is_dir() for split in ("train", "val")):
             raise RunError(f"{file} has no {name}/train and {name}/val, so it is no such data set; remove it")
         (beside / name).rename(folder)
@@ -211,21 +222,26 @@ def unpack_tar(file: Path, folder: Path, bar: tqdm) -> None:
             pass
 
 
-def unpack_tiny_imagenet(file: Path, folder: Path, bar: tqdm) -> None:
-    """Unpack tinywang, Image网's protocol on 20 classes of Tiny ImageNet, from tiny-imagenet-200.zip, below `folder`.
+def unpack_tiny_imagenet(name: str, file: Path, folder: Path, bar: tqdm) -> None:
+    """Unpack tinywang or probe40, of the images of tiny-imagenet-200.zip, below `folder`.
 
-    A class's images of `train` and `val` are taken together (500 + 50) and sorted by the MD5 of the file's name, as
-    hex. Those of the ten EASY classes go to train/CLASS/. Of the ten HARD ones the first tenth (55) goes to
-    train/CLASS/, the next three tenths (165) to val/CLASS/, the rest (330) to unsup/.
+    A class's images are sorted by the MD5 of the file's name, as hex. tinywang is Image网's protocol on 20 classes, of
+    which it takes the images of `train` and `val` (500 + 50): those of the ten EASY classes go to train/CLASS/; of the
+    ten HARD ones the first tenth (55) goes to train/CLASS/, the next three tenths (165) to val/CLASS/, the rest (330)
+    to unsup/. probe40 takes the images of `train` of 40 OTHERS, which go to train/CLASS/ and val/CLASS/ in turn.
     """
     with zipfile.ZipFile(file) as archive:
         chosen = []  # (target, member)
-        for name, members in _tiny_imagenet_classes(archive, file).items():
+        classes = OTHERS if name == "probe40" else EASY + HARD
+        for label, members in _tiny_imagenet_classes(archive, file, classes, name == "tinywang").items():
             ranked = sorted(members, key=lambda image: hashlib.md5(image.encode(), usedforsecurity=False).hexdigest())
             train, val = round(0.1 * len(ranked)), round(0.4 * len(ranked))
             for rank, image in enumerate(ranked):
-                split = "train" if name in EASY or rank < train else "val" if rank < val else "unsup"
-                place = folder / "tinywang" / split / ("" if split == "unsup" else name)
+                if name == "probe40":
+                    split = ("train", "val")[rank % 2]
+                else:
+                    split = "train" if label in EASY or rank < train else "val" if rank < val else "unsup"
+                place = folder / name / split / ("" if split == "unsup" else label)
                 chosen.append((place / image, members[image]))
         if sum(member.file_size for _, member in chosen) > GROWTH * file.stat().st_size:
             raise _bomb(file)
@@ -236,9 +252,11 @@ def unpack_tiny_imagenet(file: Path, folder: Path, bar: tqdm) -> None:
             bar.update()
 
 
-def _tiny_imagenet_classes(archive: zipfile.ZipFile, file: Path) -> dict[str, dict[str, zipfile.ZipInfo]]:
-    """{class: {file's name: member}} of the twenty classes."""
-    classes = {name: {} for name in EASY + HARD}
+def _tiny_imagenet_classes(
+    archive: zipfile.ZipFile, file: Path, names: Sequence[str], with_val: bool
+) -> dict[str, dict[str, zipfile.ZipInfo]]:
+    """{class: {file's name: member}} of some classes: the images of `train`, and of `val` if wanted."""
+    classes, val = {name: {} for name in names}, {}
     try:
         with archive.open("tiny-imagenet-200/val/val_annotations.txt") as lines:
             val = dict(line.decode().split("\t")[:2] for line in lines)
@@ -246,7 +264,7 @@ def _tiny_imagenet_classes(archive: zipfile.ZipFile, file: Path) -> dict[str, di
         raise RunError(f"{file} has no val/val_annotations.txt as Tiny ImageNet has; remove it") from error
     for member in archive.infolist():
         if found := re.fullmatch(r"[^/]+/(?:train/(\w+)/images|val/images)/([^/\\]+\.JPEG)", member.filename):
-            name = found[1] or val.get(found[2])
+            name = found[1] or (val.get(found[2]) if with_val else None)
             if name in classes:
                 classes[name][found[2]] = member
     for name, members in classes.items():

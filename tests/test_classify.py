@@ -1,10 +1,11 @@
 import argparse
+import math
 
 import pytest
 import torch
 from torch import nn
 
-import train_transfer as transfer
+import transfer
 from data import list_data, open_images
 from models import Classifier, build_encoder
 from tasks import Classify, LabelQuestion
@@ -45,7 +46,7 @@ def test_the_classes_of_a_smaller_val_are_those_of_train_by_name(labelled, tmp_p
     labels = images.labels[data.val]
     assert data.held.tolist() == [1, 2] and set(labels.tolist()) == {1, 2}
     assert data.counts.tolist() == [8, 8, 8]
-    answer = transfer.classify(scratch(), data, recipe("linear", epochs=40, lr=0.1), 0, nothing)
+    answer = transfer.classify(scratch(), data, recipe("linear", epochs=40, lr=0.1), 0, nothing)["linear"]
     assert answer.accuracies(labels)["accuracy"] > 0.8  # they were trained on
 
 
@@ -54,7 +55,7 @@ def test_knn_counts_the_nearest_votes():
     train, queries = torch.randn(60, 5), torch.randn(9, 5)
     labels = torch.tensor([0] * 40 + [1] * 15 + [2] * 5)
     counts = labels.bincount()
-    answer = transfer.knn(train, labels, queries, counts, torch.tensor([1, 2]))
+    answer = transfer.knn(train, labels, queries, 3, torch.tensor([1, 2]))
     for i, query in enumerate(queries):
         cosine = torch.tensor([float(query @ t / (query.norm() * t.norm())) for t in train])
         votes = labels[cosine.argsort(descending=True)[:20]].bincount(minlength=3).float()
@@ -64,7 +65,7 @@ def test_knn_counts_the_nearest_votes():
         within = labels[cosine.masked_fill(labels == 0, -2).argsort(descending=True)[:20]].bincount(minlength=3)
         shares = within / counts
         assert shares[answer.val_classes[i]] == shares.max() and answer.val_classes[i] != 0
-    every = transfer.knn(train, labels, queries, counts, labels.unique())  # where val/ holds all classes
+    every = transfer.knn(train, labels, queries, 3, labels.unique())  # where val/ holds all classes
     assert torch.equal(every.val_classes, every.all_classes)
 
 
@@ -84,7 +85,7 @@ def test_the_correction_finds_rare_classes(labelled, tmp_path, patches):
     images = open_images(list_data(str(labelled)), 16, tmp_path / "data")
     data = transfer.Labelled(images, images.rows("train"), images.rows("val"))
     assert data.counts.tolist() == [8, 8, 1]
-    answer = transfer.classify(scratch(), data, recipe("linear", epochs=20), 0, nothing)
+    answer = transfer.classify(scratch(), data, recipe("linear", epochs=20), 0, nothing)["linear"]
     assert (answer.all_classes == 2).sum() > (answer.uncorrected == 2).sum()
 
 
@@ -156,13 +157,54 @@ def test_two_images_of_a_deep_encoder_are_enough(labelled, tmp_path, mode):
     images = open_images(list_data(str(labelled)), 32, tmp_path / "data")
     few = transfer.Labelled(images, images.rows("train"), images.rows("val"))
     assert len(few.train) == 3
-    answer = transfer.classify(scratch("resnet18"), few, recipe(mode, size=32), 0, nothing)
-    assert len(answer.all_classes) == len(few.val)
+    answers = transfer.classify(scratch("resnet18"), few, recipe(mode, size=32), 0, nothing)
+    assert all(len(answer.all_classes) == len(few.val) for answer in answers.values())
 
 
 @pytest.mark.parametrize("mode", transfer.MODES)
 def test_the_same_seed_gives_the_same_answer(data, mode):
     first, again, other = (
-        transfer.classify(scratch(), data, recipe(mode), seed, nothing).confidence for seed in (0, 0, 1)
+        list(transfer.classify(scratch(), data, recipe(mode), seed, nothing).values()) for seed in (0, 0, 1)
     )
-    assert torch.equal(first, again) and not torch.equal(first, other)
+    for one, same, another in zip(first, again, other, strict=True):
+        assert torch.equal(one.confidence, same.confidence) and not torch.equal(one.confidence, another.confidence)
+
+
+def test_the_ridge_probe_is_ridge_regression(monkeypatch):
+    """With one ridge to choose from, its scores are those of least squares with rows for the ridge and no intercept
+    on the centred examples; for corrected answers each class has the same weight."""
+    torch.manual_seed(0)
+    labels = torch.tensor([0] * 60 + [1] * 20 + [2] * 10)
+    train, val = torch.randn(90, 5) + labels[:, None] / 3, torch.randn(40, 5)
+    monkeypatch.setattr(transfer, "RIDGES", [0.03])
+    seen = transfer.ridge_probe(train, labels, val, 3, torch.tensor([1, 2]))
+    found = []
+    for weights in (30 / labels.bincount()[labels], torch.ones(90)):
+        x, target, w = train.double(), torch.eye(3).double()[labels], weights.double()[:, None]
+        mean, middle = (w * x).sum(0) / w.sum(), (w * target).sum(0) / w.sum()
+        rows = torch.cat([w.sqrt() * (x - mean), math.sqrt(0.03 * 90) * torch.eye(5).double()])
+        slopes = torch.linalg.lstsq(
+            rows, torch.cat([w.sqrt() * (target - middle), torch.zeros(5, 3).double()])
+        ).solution
+        found.append((val.double() - mean) @ slopes + middle)
+    assert torch.equal(seen.all_classes, found[0].argmax(1)) and torch.equal(seen.uncorrected, found[1].argmax(1))
+    assert torch.equal(seen.val_classes, 1 + found[0][:, 1:].argmax(1))
+    assert (seen.all_classes == 2).sum() > (seen.uncorrected == 2).sum()  # a rare class is found more often
+
+
+def test_the_ridge_is_the_one_that_does_best_on_held_out_images():
+    """Little more than a hundred examples of a hundred noisy features: with next to no ridge, noise would be learnt."""
+    torch.manual_seed(0)
+    labels = torch.arange(1125) % 2
+    features = torch.randn(1125, 100) + 0.15 * (2 * labels[:, None] - 1)
+    (train, val), (known, truth) = features.split([125, 1000]), labels.split([125, 1000])
+    chosen = transfer.ridge_probe(train, known, val, 2, labels.unique()).all_classes
+    least = transfer._score(val, transfer._moments(train, known, torch.ones(125), 2), min(transfer.RIDGES)).argmax(1)
+    assert (chosen == truth).float().mean() > (least == truth).float().mean() + 0.05
+
+
+def test_the_few_are_the_first_of_each_class(monkeypatch):
+    monkeypatch.setattr(transfer, "ridge_probe", lambda train, labels, val, C, held: (train, labels))
+    labels = torch.arange(90) % 3
+    rows, known = transfer.few_probe(torch.arange(90)[:, None], labels, None, 3, None)
+    assert sorted(rows.squeeze(1).tolist()) == list(range(75)) and torch.equal(labels[rows.squeeze(1)], known)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from harness import download
-from harness.download import EASY, HARD, Archive, fetch
+from harness.download import EASY, HARD, OTHERS, Archive, fetch
 from harness.errors import RunError, UsageError
 
 NAME = "imagewang-160"
@@ -84,7 +84,7 @@ def server(monkeypatch, good):
 def _offer(server, monkeypatch, content, name):
     """Serve `content` as the archive of that name, as its publisher made it."""
     server.content = content
-    whole = name == "tinywang"
+    whole = name in ("tinywang", "probe40")
     md5 = hashlib.md5(content if whole else content[: 2**20]).hexdigest()
     ending = "zip" if whole else "tgz"
     url = f"http://127.0.0.1:{server.server_port}/{name}.{ending}"
@@ -106,7 +106,7 @@ def test_a_good_download_is_found_without_network_afterwards(server, good, tmp_p
     server.behaviour = "error"
     assert fetch(NAME, tmp_path / "data") == folder
     assert server.asked == (None,)
-    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == [f".{NAME}.lock", NAME, f"{NAME}.tgz"]
+    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == [f".{NAME}.tgz.lock", NAME, f"{NAME}.tgz"]
 
 
 def test_a_connection_that_drops_is_taken_up_where_it_ended(server, good, tmp_path):
@@ -292,7 +292,7 @@ def make_zip(images: int) -> bytes:
     stream = io.BytesIO()
     lines = []
     with zipfile.ZipFile(stream, "w") as archive:
-        for c, name in enumerate((*EASY, *HARD, "n09999999")):
+        for c, name in enumerate((*EASY, *HARD, *OTHERS, "n09999999")):
             for i in range(images):
                 if i % 10 == 0:
                     image = f"val_{100 * c + i}.JPEG"
@@ -319,6 +319,17 @@ def test_tinywang_follows_its_rule(server, tmp_path):
             easy = name in EASY
             where = f"train/{name}" if easy or rank < 3 else f"val/{name}" if rank < 12 else "unsup"
             assert mine[image] == f"{where}/{image}"
+
+
+def test_probe40_follows_its_rule(server, tmp_path):
+    """Its classes are none of tinywang's, and it takes the images of Tiny ImageNet's train/ alone."""
+    server.offer(make_zip(30), "probe40")
+    found = tree(fetch("probe40", tmp_path))
+    assert len(found) == 40 * 27 and len(set(OTHERS) - {*EASY, *HARD}) == 40
+    for name in OTHERS:
+        mine = {Path(path).name: path for path, content in found.items() if content.split()[0].decode() == name}
+        for rank, image in enumerate(sorted(mine, key=lambda image: hashlib.md5(image.encode()).hexdigest())):
+            assert mine[image] == f"{('train', 'val')[rank % 2]}/{name}/{image}"
 
 
 def test_another_zip_than_tiny_imagenet(server, tmp_path):
@@ -356,7 +367,7 @@ def test_a_network_that_fails_for_a_moment(server, good, tmp_path, monkeypatch):
 
 def test_the_lock_stays_the_same_file(server, tmp_path):
     """If the first run removed it, a third one would lock a new file while the second still holds the old one."""
-    lock = tmp_path / f".{NAME}.lock"
+    lock = tmp_path / f".{NAME}.tgz.lock"
     lock.touch()
     before = lock.stat().st_ino
     fetch(NAME, tmp_path)

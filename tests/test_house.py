@@ -1,4 +1,4 @@
-"""Imports run one way: commands -> ladder -> engine -> data, tasks, models -> augment -> harness."""
+"""Imports run one way: commands -> ladder, transfer -> engine -> data, tasks, models -> augment -> harness."""
 
 import ast
 from pathlib import Path
@@ -8,7 +8,7 @@ from conftest import ROOT
 
 ORDER = [  # a module may import those of the groups below its own
     {"train_pretext", "train_transfer", "debug_overfit", "inspect_data", "unmix"},
-    {"ladder"},
+    {"ladder", "transfer"},
     {"engine"},
     {"data", "tasks", "models"},
     {"augment"},

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from harness import bundled
 from models import build_encoder
+from transfer import MODES
 
 FIGURES = ("accuracy", "accuracy_val_classes", "accuracy_uncorrected")
 
@@ -39,16 +40,17 @@ def transfer(script, cache):
     return run
 
 
-@pytest.mark.parametrize("mode", ["finetune", "linear", "knn"])
+@pytest.mark.parametrize("mode", MODES)
 def test_every_mode_leaves_what_is_promised(transfer, pretrained, mode):
-    options = ("--epochs", 1, "--batch-size", 256) if mode == "finetune" else ("--epochs", 2)
+    options = {"finetune": ("--epochs", 1, "--batch-size", 256), "linear": ("--epochs", 2)}.get(mode, ())
     end, folder = transfer(pretrained, "scratch", "--mode", mode, "--runs", 2, *options)
     assert end.status == 0, end.err
     summary = json.loads((folder / "summary.json").read_text())
-    assert list(summary) == [str(pretrained), "scratch"]
+    ways = [f", {way}" for way in ("ridge", "knn", "25 labels")] if mode == "probe" else [""]
+    assert list(summary) == [f"{start}{way}" for start in (pretrained, "scratch") for way in ways]
     for row in summary.values():
         assert (row["data"], row["mode"], row["runs"]) == ("photos", mode, 2)
-        assert row["seconds"] > 0 and row["device"].startswith("cpu") and row["epochs"] in (1, 2)
+        assert row["seconds"] > 0 and row["device"].startswith("cpu") and ("epochs" in row) == bool(options)
         for name in FIGURES:
             values = torch.tensor(row[name.replace("accuracy", "accuracies")], dtype=torch.float64)
             assert len(values) == 2 and ((values >= 0) & (values <= 1)).all()
@@ -70,7 +72,7 @@ def test_every_mode_leaves_what_is_promised(transfer, pretrained, mode):
     for start in summary:
         for picture in ("confusion", "mistakes"):
             assert [event.step for event in events.Images(f"{picture}/{start}")] == [0, 1]
-        if mode != "knn":
+        if options:
             assert len(events.Scalars(f"{start}/seed 1 loss")) == summary[start]["epochs"]
     table = end.out.split("\nSTART", 1)[1]
     assert "16 classes" in table and "the 8 of val/" in table and "±" in table
@@ -89,6 +91,22 @@ def test_a_start_is_a_folder_or_its_encoder(transfer, pretrained):
     assert folders["accuracies"] == file["accuracies"]
     settings = json.loads((folder / "settings.json").read_text())["settings"]
     assert (settings["data"], settings["size"], settings["encoder"]) == ("photos", 8, "conv")  # as it was pretrained
+
+
+def test_other_widths_are_read_from_the_weights(script, cache):
+    """A narrow encoder goes through pretraining, a resume, transfer beside scratch, and unmix.py."""
+    narrow = ("--widths", 4, 8, "--size", 8, "--batch-size", 512, "--data-dir", cache)
+    end = script("train_pretext.py", *narrow, "--epochs", 1, "--out", "run")
+    assert end.status == 0, end.err
+    assert torch.load("run/encoder.pt")["convs.1.0.weight"].shape == (8, 4, 3, 3)
+    assert script("train_pretext.py", "--resume", "run", "--epochs", 2).status == 0
+    end = script("train_transfer.py", "run", "scratch", "--mode", "knn", "--data-dir", cache, "--out", "out")
+    assert end.status == 0, end.err
+    files = sorted(map(str, Path(bundled.__file__).parent.rglob("*.png")))[:2] or ["run/validation.png"] * 2
+    end = script("unmix.py", "run", *files, "--out", "picture.png")
+    assert end.status == 0, end.err
+    end = script("train_pretext.py", *narrow, "--encoder", "resnet18", "--out", "other")
+    assert end.status == 2 and "--widths is of the encoder conv" in end.err and not Path("other").exists()
 
 
 def test_what_is_not_said_is_as_the_start_was_pretrained(transfer, labelled):
@@ -172,7 +190,7 @@ def test_a_torchvision_encoder_loads_without_this_project(script, cache):
         ("classless", "no usable image in train/bee/; add some, or remove the class"),
         ("too small", "--size 8 is too small for the encoder convnext_tiny"),
         ("no scratch", "--encoder is of `scratch`, which is none of the STARTs"),
-        ("unused", "--freeze is of --mode finetune; --mode knn has no use for it"),
+        ("unused", "--freeze has no use in --mode knn; leave one of them out"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing_behind(transfer, pretrained, folder, labelled, case, message):
