@@ -5,8 +5,8 @@
     python benchmarks/peers.py --resume runs/simclr
     python train_transfer.py runs/simclr scratch
 
-Everything else is as in train_pretext.py with --no-grow --lr 1e-3: data, split, views, encoder, loop, optimiser,
-schedule and seeds.
+Everything else is as in train_pretext.py: data, split, views and how they grow, encoder, loop, optimiser, schedule and
+seeds.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from harness.errors import UsageError
 from harness.files import write_json
 from models import build_encoder
 from tasks import Task
+from train_pretext import view_size
 
 try:
     from lightly.loss import NegativeCosineSimilarity, NTXentLoss, SwaVLoss, VICRegLoss
@@ -136,17 +137,20 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     add("--data", type=command.place, default="photos", help=f"`photos` (bundled), a folder, or {names}: fetched")
     add("--data-dir", type=command.place, default="data", help="folder for data sets by name, and for decoded images")
     add("--size", type=command.integer(8, 1024), default=32, help="side of a view, px")
+    grow = "views start with half of that side (default: with the encoder conv)"
+    add("--grow", action=argparse.BooleanOptionalAction, help=grow)
     add("--crop", type=command.crop, default=CROP, help="smallest share of an image in a view, give or take its aspect")
     add = parser.add_argument_group("network").add_argument
     add("--encoder", default="conv", help="what is kept: conv, or a classification network of torchvision by name")
+    add("--widths", type=command.integer(1), nargs="+", help="channels of conv's convolutions (default: 32 64 128 256)")
     add("--width", type=command.integer(1), default=512, help="width of the head's hidden layer")
-    add("--temperature", type=command.positive, help="of the loss (default: simclr 0.5, swav 0.1)")
+    add("--temperature", type=command.positive, help="of the loss (default: simclr 0.2, swav 0.1)")
     add("--momentum", type=command.crop, default=0.99, help="byol: of the slow copy")
     add("--prototypes", type=command.integer(2), default=512, help="swav: how many")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=command.integer(1), default=50, help="passes over the images")
     add("--batch-size", type=command.integer(2), default=64, help="images in a step")
-    add("--lr", type=command.rate, default=1e-3, help="peak learning rate of AdamW")
+    add("--lr", type=command.rate, default=3e-3, help="peak learning rate of AdamW")
     add("--seed", type=command.integer(0, 2**32 - 1), default=0, help="fixes all that is random")
     add("--device", choices=DEVICES, default="auto", help="where to compute; auto: a GPU if there is one")
     add("--amp", choices=AMP, default="auto", help="bf16; auto: on GPUs that have it, not on CPUs")
@@ -158,6 +162,7 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     if NTXentLoss is None:
         raise UsageError("lightly is not installed: pip install -r benchmarks/requirements.txt")
     saved = folder.resume(parser, args, {"device", "data", "data_dir"})
+    args.grow = args.encoder == "conv" if args.grow is None else args.grow
     if args.method not in METHODS:
         raise UsageError(f"give a method: {' or '.join(METHODS)}")
     of = {"prototypes": {"swav"}, "momentum": {"byol"}, "temperature": {"simclr", "swav"}}
@@ -169,11 +174,11 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
 
 def make_model(args: argparse.Namespace) -> tuple[nn.Module, Agree]:
     """The network and its task. Raises UsageError if there is no such encoder, or if the views are too small for it."""
-    encoder = build_encoder(args.encoder, size=args.size)
+    encoder = build_encoder(args.encoder, size=args.size, **({"widths": args.widths} if args.widths else {}))
     D, width = encoder.out_features, args.width
     if args.method == "simclr":
         model = Headed(encoder, heads.SimCLRProjectionHead(D, width, PROJECTION))
-        loss = NTXentLoss(args.temperature or 0.5)
+        loss = NTXentLoss(args.temperature or 0.2)
     elif args.method == "swav":
         model, swav = SwAV(encoder, width, args.prototypes), SwaVLoss(args.temperature or 0.1)
         loss = lambda first, second: swav([first, second], []).squeeze()  # noqa: E731
@@ -213,6 +218,7 @@ def main() -> None:
     with tqdm(total=total, initial=done, unit="image", unit_scale=True, disable=None) as bar:
         for epoch in range(len(speeds), args.epochs):
             clock = time.perf_counter()
+            task.size = view_size(epoch + 1, args.epochs, args.size) if args.grow else args.size
             means = trainer.train_epoch(loader, epoch, bar)
             speeds.append(epoch_images / (time.perf_counter() - clock))
             checkpoint.save_last({**trainer.state(), **run, "speeds": speeds, "means": means}, place)
