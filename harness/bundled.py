@@ -37,9 +37,9 @@ EASY_COUNT = 8  # the first so many of PHOTOS
 PATCHES = 160  # of a class
 PATCH = 64  # px, what each is resized to
 PATCH_SCALES = (64, 96, 128, 192, 256)  # px of the photograph that a patch shows
-FAINTEST = 5.0  # standard deviation of a patch's greys, of 255; with less a patch is empty
+FAINTEST = 10.0  # standard deviation of a patch's greys, of 255; with less a person sees an even field
 # Regions of a hard photograph, in shares of its width and height, and their shares of the patches; they share no pixel.
-REGIONS = {"unsup": ((0.4, 0, 1, 1), 0.6), "val": ((0, 0.25, 0.4, 1), 0.3), "train": ((0, 0, 0.4, 0.25), 0.1)}
+REGIONS = {"unsup": ((0, 0.4, 1, 1), 0.6), "val": ((0.25, 0, 1, 0.4), 0.3), "train": ((0, 0, 0.25, 0.4), 0.1)}
 WHOLE = {"train": ((0, 0, 1, 1), 1.0)}
 
 

@@ -55,7 +55,7 @@ def test_a_patch_depends_on_its_own_pixels_alone(monkeypatch):
 def test_several_scales_and_something_in_every_patch():
     patches = bundled.list_patches()
     assert len({path.rsplit("-", 1)[1] for path, _, _ in patches}) == len(bundled.PATCH_SCALES)
-    faint = [path for path, _, _ in patches[::10] if bundled.load_patch(path, 64).std() < 2]
+    faint = [path for path, _, _ in patches if bundled.load_patch(path, 64).std() < 8]  # resizing takes a little
     assert not faint
 
 
@@ -63,7 +63,7 @@ def test_the_same_on_every_machine():
     """The boxes to the pixel; the pixels of a PNG, whose decoding leaves no choice, to the bit."""
     paths = "\n".join(path for path, _, _ in bundled.list_patches())
     assert (
-        hashlib.sha256(paths.encode()).hexdigest() == "239b82eec4897b5a9030a8b27f0caa4dae6f7ff649c4f6161e7b71e81dbfcb4a"
+        hashlib.sha256(paths.encode()).hexdigest() == "fc31e14fcf2b0d375b622defcd8301985a01d3f3f4684eba309c143f8516768b"
     )
     cat = b"".join(bundled.load_patch(path, 64).tobytes() for path in sorted(paths.split("\n")) if "/cat-" in path)
     assert hashlib.sha256(cat).hexdigest() == "95097e83996b117fe682682485db74e45ddb2b9bff354618daf031724ddd1a06"
