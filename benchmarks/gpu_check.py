@@ -49,7 +49,7 @@ from tasks import MixupTransform
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {"env": 60, "tests": 280, "losses": 90, "waits": 60, "command": 280, "profile": 60, "speed": 120}  # s
 LIMITS |= {"compile": 150}
-CASES = [("conv", 32, 64), ("conv", 32, 256), ("resnet18", 128, 64), ("resnet18", 128, 256)]  # encoder, px, batch
+CASES = [("conv", 32, 64), ("resnet18", 128, 64), ("conv", 32, 256), ("resnet18", 128, 256)]  # encoder, px, batch
 QUICK = [("conv", 16, 16)]
 OPTIONS = [  # of train_pretext.py, besides the defaults
     "--images stream", "--contrast", "--decoder cosine", "--decoder mlp --candidates 5", "--task rotate", "--no-views",
