@@ -1,9 +1,9 @@
-"""Which pretext recipe transfers best? Pretrain with each, judge the encoders, write the tables of RESULTS.md.
+"""Which pretext recipe transfers best? Pretrain with each, judge the encoders, write tables into RESULTS.md.
 
     python benchmarks/search.py                                       every recipe that has no result yet, 30 epochs
     python benchmarks/search.py unmix simclr --seeds 0 1 2 --epochs 100
     python benchmarks/search.py --widths 16 32 64 128                 a narrow encoder, which is faster
-    python benchmarks/search.py --table                               write the tables, run nothing
+    python benchmarks/search.py --table                               write the tables, and README.md's, run nothing
 
 Encoders are pretrained on tinywang. They are judged by probes on probe40, 40 other classes, and on tinywang. Every
 judged encoder is a file in benchmarks/results/, with what it got right, and is not judged again. The encoders stay in
@@ -48,6 +48,9 @@ FIGURES = {  # column: the data, the row of train_transfer.py, its figure
     "among all 20": ("finetune", "finetune", "accuracy"),
     "uncorrected": ("finetune", "finetune", "accuracy_uncorrected"),
 }
+
+
+BRIEF = {"scratch": "none", "unmix": "Unmix", "simclr": "SimCLR", "swav": "SwAV", "byol": "BYOL"}  # in the README
 
 
 class Recipe(NamedTuple):
@@ -270,16 +273,29 @@ def cell(runs: list[dict], ours: list[dict], title: str, half: str) -> str:
     return text
 
 
+def brief(results: dict[tuple[int, int, str], list[dict]]) -> str:
+    """Markdown: the first three figures of methods with several seeds, on the half that no choice was made on."""
+    lines = ["| pretraining | epochs | encoder | seeds | linear | kNN | 25 labels |", "|---" * 7 + "|"]
+    for (width, epochs, name), runs in results.items():
+        if len(runs) > 1 and (name in BRIEF):
+            ours = results.get((width, epochs, OURS), []) if name != OURS else []
+            cells = [cell(runs, ours, title, "report") for title in list(FIGURES)[:3]]
+            start = [BRIEF[name], str(epochs), "-".join(map(str, runs[0]["widths"])), str(len(runs))]
+            lines.append(f"| {' | '.join([*start, *cells])} |")
+    return "\n".join(lines)
+
+
 def write_tables() -> None:
-    """Replace what stands between the markers of RESULTS.md."""
+    """Replace what stands between the markers of RESULTS.md and README.md."""
     results = load()
-    file = ROOT / "RESULTS.md"
-    text = file.read_text("utf-8")
     parts = {"search": table(results, "choose", range(1)), "comparison": table(results, "report", range(2**31))}
-    for name, part in parts.items():
-        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        text = text[: text.index(start) + len(start)] + part + "\n" + text[text.index(end) :]
-    file.write_text(text, "utf-8")
+    for name, marks in {"RESULTS.md": parts, "README.md": {"results": brief(results)}}.items():
+        file = ROOT / name
+        text = file.read_text("utf-8")
+        for mark, part in marks.items():
+            start, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
+            text = text[: text.index(start) + len(start)] + part + "\n" + text[text.index(end) :]
+        file.write_text(text, "utf-8")
 
 
 if __name__ == "__main__":

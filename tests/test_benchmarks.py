@@ -70,6 +70,7 @@ def test_tables_are_rewritten_between_their_marks(tmp_path, monkeypatch):
         "before\n<!-- search -->\nold\n<!-- /search -->\nbetween\n<!-- comparison -->\n<!-- /comparison -->\nafter\n"
     )
     (tmp_path / "RESULTS.md").write_text(marks)
+    (tmp_path / "README.md").write_text("<!-- results -->\n<!-- /results -->\n")
     search.RESULTS.mkdir()
     rows = [("unmix", "1110", 30, 3), ("unmix", "1110", 100, 3), ("scratch", "1000", 0, 1), ("swav", "0000", 30, 2)]
     for name, right, epochs, seeds in rows:
@@ -91,16 +92,19 @@ def test_tables_are_rewritten_between_their_marks(tmp_path, monkeypatch):
     assert compared["swav", "30"]["linear"].startswith("0.0 ± 0.0 (+75.0 ± ")  # how far the default is ahead
     assert compared["swav", "30"]["25 labels"].startswith("0.0 of 1 (+75.0")  # where one of two seeds has it
     assert compared["scratch", "0"]["linear"] == "25.0" and compared["unmix", "30"]["uncorrected"] == ""
+    lines = (tmp_path / "README.md").read_text().splitlines()[3:-1]
+    assert [line.split(" | ")[0] for line in lines] == ["| Unmix", "| SwAV", "| Unmix"]  # with several seeds
     search.main()
     assert (tmp_path / "RESULTS.md").read_text() == text
 
 
 def test_the_tables_are_those_of_the_results(tmp_path, monkeypatch):
-    text = (ROOT / "RESULTS.md").read_text()
-    (tmp_path / "RESULTS.md").write_text(text.replace("| scratch |", "| last |"))
+    for name in ("RESULTS.md", "README.md"):
+        (tmp_path / name).write_text((ROOT / name).read_text().replace("| Unmix |", "||").replace("| unmix |", "||"))
     monkeypatch.setattr(search, "ROOT", tmp_path)
     search.write_tables()
-    assert (tmp_path / "RESULTS.md").read_text() == text
+    for name in ("RESULTS.md", "README.md"):
+        assert (tmp_path / name).read_text() == (ROOT / name).read_text()
 
 
 @pytest.mark.parametrize(
