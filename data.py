@@ -8,37 +8,32 @@
 Every file is decoded once for each side that is asked for. A batch is then a gather of rows of the cache.
 """
 
-import contextlib
-import glob
 import hashlib
 import json
 import math
 import os
 import signal
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 
 from augment import generator, send
-from harness import bundled
-from harness.decode import Damaged, decode, decoders, typical_side
+from harness import bundled, cache
+from harness.cache import SKIPPED_SHOWN, workers
+from harness.decode import decode, decoders, typical_side
 from harness.download import ARCHIVES, fetch
 from harness.errors import ValueProblem
-from harness.files import FULL, files_below, ignored, refuse_inside, unusable, write
+from harness.files import files_below, ignored, refuse_inside
 
 UNLABELLED = -1
-CACHE_VERSION = 3  # change it whenever decoding changes, so that older caches are rebuilt
+CACHE_VERSION = 4  # change it whenever decoding changes, so that older caches are rebuilt
 TRAINED, HELD_OUT = ("train", "training"), ("val", "valid", "validation", "test", "testing")  # usual names of folders
-SKIPPED_SHOWN = 10  # names of skipped files in print, at most
 VALIDATION_BLOCK = 256  # images in a validation batch, at most; part of the fixed question, so not an option
 SMALLEST_VALIDATION = 3  # images; a validation mixture has three candidates
 PLACES = ("auto", "device", "stream")
@@ -175,6 +170,7 @@ class Images:
     pixels: np.ndarray  # N 3 H H uint8, memory-mapped
     labels: torch.Tensor  # N int64
     skipped_file: Path | None = None  # has the names of all files that were skipped, if they are many
+    same: list[list[int]] = field(default_factory=list)  # groups of rows with equal pixels
 
     def rows(self, *splits: str) -> list[int]:
         """The rows of these splits, in the order of their paths."""
@@ -189,12 +185,24 @@ class Images:
             "list of images": hashlib.sha256(json.dumps(self.listing.entries).encode()).hexdigest(),
         }
 
+    def duplicates(self) -> tuple[list[list[Entry]], int]:
+        """Groups of images with equal pixels that are in more than one split, and how many are in their split twice."""
+        groups = [[self.listing.entries[row] for row in rows] for rows in self.same]
+        splits = [len({entry.split for entry in group}) for group in groups]
+        across = [group for group, count in zip(groups, splits, strict=True) if count > 1]
+        return across, sum(map(len, groups)) - sum(splits)
+
     def describe(self) -> str:
-        """A line with the numbers of images, and a line for each file that was skipped, up to ten."""
+        """A line with the numbers of images, and lines about what a person may not expect, such as a line for each file
+        that was skipped, up to ten."""
         counts = Counter(entry.split for entry in self.listing.entries)
         splits = ", ".join(f"{count} {split}" for split, count in sorted(counts.items()))
         classes = f", {len(self.listing.classes)} classes" if self.listing.classes else ", no labels"
         lines = [f"{self.listing.place}: {len(self.labels)} images ({splits}{classes}), {self.pixels.shape[2]} px"]
+        across, within = self.duplicates()
+        counts = (within, "more than once in a split"), (len(across), "in more than one split")
+        if copies := [f"{count} image{'s' * (count != 1)} {where}" for count, where in counts if count]:
+            lines.append(f"note: {', '.join(copies)}, by the pixels")
         skipped = self.listing.skipped
         lines += [f"skipped {path}: {why}" for path, why in skipped[:SKIPPED_SHOWN]]
         if skipped:
@@ -210,82 +218,24 @@ def open_images(listing: Listing, size: int, data_dir: str | Path) -> Images:
     side = min(2 * size, listing.native or 2 * size)
     place = listing.root.resolve() if listing.root else listing.place  # one cache however the path was typed
     file = Path(data_dir, "cache", f"{listing.name}-{_hash(os.fsdecode(place))[:8]}-{side}px.cache")
-    index = _read_index(file)
+    paths = [entry.path for entry in listing.entries]
+
+    def decoded(index):
+        kept, skipped = [listing.entries[place] for place in index["kept"]], [tuple(s) for s in index["skipped"]]
+        return replace(listing, entries=kept, skipped=skipped)
+
+    index = cache.read_index(file)
     # What was skipped is tried again by other versions of what decodes.
     stale = index and index["skipped"] and index["decoders"] != decoders()
     if index is None or index["fingerprint"] != listing.fingerprint or stale:
-        index = _build_cache(listing, side, file)
-    listing.entries = [Entry(*entry) for entry in index["entries"]]
-    listing.skipped = [tuple(s) for s in index["skipped"]]
+        index = {"fingerprint": listing.fingerprint, "side": side, "decoders": decoders()}
+        index |= {"skipped": list(listing.skipped)}
+        check = lambda index: decoded(index).require_every_split()  # noqa: E731
+        cache.build(file, paths, lambda path: listing.load(path, side), index, check)
+    listing = decoded(index)
     pixels = np.memmap(file, np.uint8, "r", shape=(len(listing.entries), 3, side, side))
     labels, skipped_file = torch.tensor([entry.label for entry in listing.entries]), file.with_suffix(".skipped.txt")
-    return Images(listing, pixels, labels, skipped_file)
-
-
-def _read_index(file: Path) -> dict | None:
-    """The index of a complete cache, else None. A cache is a file with the pixels of every image, then a JSON index,
-    then the length of the index in 8 bytes."""
-    with contextlib.suppress(OSError, ValueError), open(file, "rb") as cache:
-        cache.seek(-8, os.SEEK_END)
-        length = int.from_bytes(cache.read(8), "little")
-        cache.seek(-8 - length, os.SEEK_END)
-        return json.loads(cache.read(length))
-
-
-def _build_cache(listing: Listing, side: int, file: Path, block: int = 1024) -> dict:
-    """Decode everything on all cores, write the cache to `file`, and return its index."""
-
-    def load(entry):
-        try:
-            return listing.load(entry.path, side).transpose(2, 0, 1)
-        except Damaged as error:  # not a drive that is lost: that ends the build, and leaves no cache
-            return str(error)
-
-    data_dir = file.parent.parent
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unusable("data_dir", data_dir, error) from error
-    for left in file.parent.glob(f"{glob.escape(file.name)}.*.part"):
-        if time.time() - left.stat().st_mtime > 3600:  # of a killed run: a living one writes all the time
-            left.unlink(missing_ok=True)
-    kept, skipped = [], list(listing.skipped)
-    index = {"fingerprint": listing.fingerprint, "entries": kept, "skipped": skipped, "decoders": decoders()}
-    bar = tqdm(total=len(listing.entries), desc=f"decoding {listing.name}", unit="image", leave=False, disable=None)
-
-    def fill(cache):
-        with ThreadPoolExecutor(workers()) as pool, bar:
-            for start in range(0, len(listing.entries), block):
-                entries = listing.entries[start : start + block]
-                for entry, pixels in zip(entries, pool.map(load, entries), strict=True):
-                    if isinstance(pixels, str):
-                        skipped.append((entry.path, pixels))
-                    else:
-                        kept.append(entry)
-                        cache.write(np.ascontiguousarray(pixels))
-                    bar.update()
-        listing.entries, listing.skipped = kept, skipped
-        listing.require_every_split()
-        text = json.dumps(index).encode()
-        cache.write(text + len(text).to_bytes(8, "little"))
-
-    try:
-        write(file, fill, f".{os.getpid()}.part")
-        file.with_suffix(".skipped.txt").unlink(missing_ok=True)
-        if len(skipped) > SKIPPED_SHOWN:
-            names = "".join(f"{path}: {why}\n" for path, why in skipped)
-            file.with_suffix(".skipped.txt").write_bytes(names.encode("utf-8", "backslashreplace"))
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        needs = f", and the decoded images need {len(listing.entries) * 3 * side**2 / 1e6:.0f} MB"
-        raise unusable("data_dir", data_dir, error, needs) from error
-    return index
-
-
-def workers() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return Images(listing, pixels, labels, skipped_file, index["same"])
 
 
 # ------------------------------------------------------------------------------------------------ splits and loaders
