@@ -7,7 +7,6 @@ are, how large, in which modes, their mean colour and its spread; which files ca
 splits. Draws a contact sheet, and mixtures as the network sees them, with their weights.
 """
 
-import hashlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -121,13 +120,8 @@ def unreadable(images: Images) -> str:
 
 def duplicates(images: Images) -> str:
     """The images that are in more than one split, by the pixels that are trained on; and how many are there twice."""
-    where = defaultdict(list)
-    for row, pixels in enumerate(images.pixels):
-        where[hashlib.sha256(pixels.tobytes()).digest()].append(images.listing.entries[row])
-    same = [entries for entries in where.values() if len(entries) > 1]
-    across = [entries for entries in same if len({entry.split for entry in entries}) > 1]
+    across, within = images.duplicates()
     title = f"{len(across) or 'no'} image{'s' * (len(across) != 1)} in more than one split"
-    within = sum(len(entries) - len({entry.split for entry in entries}) for entries in same)
     copies = f"{within or 'no'} image{'s' * (within != 1)} more than once in a split"
     return _listed(title, [" = ".join(entry.path for entry in entries) for entries in across]) + f"\n{copies}"
 
