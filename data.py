@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from augment import generator, send
 from harness import bundled, cache
 from harness.cache import SKIPPED_SHOWN, workers
-from harness.decode import decode, decoders, typical_side
+from harness.decode import Ranges, decode, decoders, typical_side
 from harness.download import ARCHIVES, fetch
 from harness.errors import ValueProblem
 from harness.files import files_below, ignored, refuse_inside
@@ -68,6 +68,7 @@ class Listing:
     native: int  # shortest side of a typical image, px
     fingerprint: str  # changes whenever a file changes
     root: Path | None = None  # the folder of the paths; None for the bundled photographs
+    ranges: Ranges = field(default_factory=Ranges)  # what is black and what is white beyond 8 bits
 
     def require_every_split(self) -> None:
         """Raises UsageError if a split has no image."""
@@ -137,6 +138,7 @@ def _list_folder(root: Path) -> Listing:
             entries.append(Entry(path, split, UNLABELLED if split == "unsup" else classes.index(inner[0])))
             stat = (root / path).stat()
             stamps.append((path, stat.st_size, stat.st_mtime_ns))
+    ranges = Ranges([root / entry.path for entry in entries])
     return Listing(
         name=root.resolve().name,
         place=str(root),
@@ -144,10 +146,11 @@ def _list_folder(root: Path) -> Listing:
         classes=classes if labelled else [],
         entries=entries,
         skipped=skipped,
-        load=lambda path, side: decode(root / path, side),
-        native=typical_side([root / entry.path for entry in entries]),
+        load=lambda path, side: decode(root / path, side, ranges),
+        native=typical_side(ranges.files),
         fingerprint=_hash(str(root.resolve()), classes if labelled else [], entries, stamps),
         root=root,
+        ranges=ranges,
     )
 
 
@@ -178,7 +181,8 @@ class Images:
 
     def identity(self) -> dict[str, object]:
         """Fingerprint used to refuse resuming on different data: plain values by name."""
-        return {
+        ranges = {"scale beyond 8 bits": dict(self.listing.ranges)} if self.listing.ranges else {}
+        return ranges | {
             "number of images": len(self.listing.entries),
             "side": self.pixels.shape[2],
             "classes": self.listing.classes,
@@ -199,6 +203,7 @@ class Images:
         splits = ", ".join(f"{count} {split}" for split, count in sorted(counts.items()))
         classes = f", {len(self.listing.classes)} classes" if self.listing.classes else ", no labels"
         lines = [f"{self.listing.place}: {len(self.labels)} images ({splits}{classes}), {self.pixels.shape[2]} px"]
+        lines += str(self.listing.ranges).splitlines()
         across, within = self.duplicates()
         counts = (within, "more than once in a split"), (len(across), "in more than one split")
         if copies := [f"{count} image{'s' * (count != 1)} {where}" for count, where in counts if count]:
@@ -211,27 +216,34 @@ class Images:
         return "\n".join(lines)
 
 
-def open_images(listing: Listing, size: int, data_dir: str | Path) -> Images:
+def open_images(listing: Listing, size: int, data_dir: str | Path, ranges: dict[str, list] | None = None) -> Images:
     """The pixels of a data set, from the cache in `data_dir`; decoded if no cache of the very same files is there. They
-    are stored at twice the side of a view (`size`, px), so that a crop is sharp too, or at their own if smaller. Raises
-    UsageError if nothing of a split could be decoded, RunError if the disk is full."""
+    are stored at twice the side of a view (`size`, px), so that a crop is sharp too, or at their own if smaller. Where
+    their own `ranges` are not those that are given, they have another cache. Raises UsageError if nothing of a split
+    could be decoded or the cache cannot be written, RunError if the disk is full."""
     side = min(2 * size, listing.native or 2 * size)
     place = listing.root.resolve() if listing.root else listing.place  # one cache however the path was typed
-    file = Path(data_dir, "cache", f"{listing.name}-{_hash(os.fsdecode(place))[:8]}-{side}px.cache")
     paths = [entry.path for entry in listing.entries]
 
     def decoded(index):
         kept, skipped = [listing.entries[place] for place in index["kept"]], [tuple(s) for s in index["skipped"]]
         return replace(listing, entries=kept, skipped=skipped)
 
-    index = cache.read_index(file)
-    # What was skipped is tried again by other versions of what decodes.
-    stale = index and index["skipped"] and index["decoders"] != decoders()
-    if index is None or index["fingerprint"] != listing.fingerprint or stale:
-        index = {"fingerprint": listing.fingerprint, "side": side, "decoders": decoders()}
-        index |= {"skipped": list(listing.skipped)}
-        check = lambda index: decoded(index).require_every_split()  # noqa: E731
-        cache.build(file, paths, lambda path: listing.load(path, side), index, check)
+    for given in ({}, ranges or {}):
+        file = Path(data_dir, "cache", f"{listing.name}-{_hash(os.fsdecode(place), given)[:8]}-{side}px.cache")
+        listing.ranges.clear()
+        listing.ranges.given = given
+        index = cache.read_index(file)
+        # What was skipped is tried again by other versions of what decodes.
+        stale = index and index["skipped"] and index["decoders"] != decoders()
+        if index is None or index["fingerprint"] != listing.fingerprint or stale:
+            index = {"fingerprint": listing.fingerprint, "side": side, "decoders": decoders()}
+            index |= {"skipped": list(listing.skipped), "ranges": listing.ranges}
+            check = lambda index: decoded(index).require_every_split()  # noqa: E731
+            cache.build(file, paths, lambda path: listing.load(path, side), index, check)
+        if all((ranges or {}).get(kind, own) == own for kind, own in index["ranges"].items()):
+            break
+    listing.ranges.update(index["ranges"])
     listing = decoded(index)
     pixels = np.memmap(file, np.uint8, "r", shape=(len(listing.entries), 3, side, side))
     labels, skipped_file = torch.tensor([entry.label for entry in listing.entries]), file.with_suffix(".skipped.txt")
@@ -260,11 +272,13 @@ def pretext_split(entries: Sequence[Entry], batch_size: int) -> tuple[list[int],
     return train, val
 
 
-def open_pretext(data: str, size: int, data_dir: str | Path, batch_size: int) -> tuple[Images, list[int], list[int]]:
+def open_pretext(
+    data: str, size: int, data_dir: str | Path, batch_size: int, ranges: dict[str, list] | None = None
+) -> tuple[Images, list[int], list[int]]:
     """The images of `data`, the rows to train on and those to validate on. Raises UsageError and RunError."""
     listing = list_data(data, data_dir)
     pretext_split(listing.entries, batch_size)  # too few images are refused before anything is decoded
-    images = open_images(listing, size, data_dir)
+    images = open_images(listing, size, data_dir, ranges)
     return images, *pretext_split(images.listing.entries, batch_size)
 
 

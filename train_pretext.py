@@ -58,7 +58,7 @@ QUESTION = {"candidates", "sources", "views", "activation", "loss", "symmetric",
 DECODER = {"decoder", "hidden", "temperature"}  # options
 PLUMBING = {"out", "overwrite", "resume", "data_dir", "device", "images", "compile"}  # options that change no figure
 OFTEN = {"checkpoint_every", "inspect_every"}
-PLUMBING |= OFTEN
+PLUMBING |= OFTEN | {"ranges"}
 FIGURES = {  # name: (what it is called, its format)
     "loss": ("loss", ".3f"),
     "source_accuracy": ("sources named right", ".1%"),
@@ -114,6 +114,7 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     add("--checkpoint-every", type=integer(0), default=0, help="steps between checkpoints; 0: one an epoch")
     add("--inspect-every", type=integer(0), default=10, help="epochs between histograms and neighbours; 0: never")
     add("--resume", type=command.place, metavar="FOLDER", help="go on with the run in this folder (default: a new run)")
+    parser.set_defaults(ranges={})  # what is black and white beyond 8 bits: found in the images, kept for what follows
     args = parser.parse_args()
     settings = settings_of(args.task)
     unused = QUESTION - settings - ({"beta"} if "dist" in settings else set())
@@ -162,7 +163,8 @@ def main() -> None:
         raise UsageError(f"--batch-size {args.batch_size} is not a multiple of the {RANKS} processes; change one")
     place = folder.choose(args, "pretext")
     with ranks.first_rank_first():  # it downloads and decodes
-        images, train, val = open_pretext(args.data, args.size, args.data_dir, args.batch_size)
+        images, train, val = open_pretext(args.data, args.size, args.data_dir, args.batch_size, args.ranges)
+    args.ranges = dict(images.listing.ranges)
     loaders = get_dataloaders(images, train, val, args.batch_size, args.seed, device, args.images)
     steps = args.epochs * len(loaders[0])
     trainer = Trainer(model, task, lr=args.lr, steps=steps, seed=args.seed, device=device, amp=amp)

@@ -84,7 +84,10 @@ def main() -> None:
     amp = choose_amp(args.amp, device)
     starts = open_starts(args)
     place = folder.choose(args, f"transfer-{args.mode}")
-    data = open_labelled(args.data, args.size, args.data_dir)
+    data = open_labelled(args.data, args.size, args.data_dir, starts[0].ranges)
+    for start, (kind, own) in itertools.product(starts, data.images.listing.ranges.items()):
+        if start.state is not None and start.ranges.get(kind) != own:
+            print(f"note: {start.name} saw {kind} images at another scale, or none", file=sys.stderr)
     runs = saved["runs"] if saved else []
     state = {"script": "train_transfer", "format": folder.FORMAT, "settings": vars(args)}
     state |= {"data": data.images.identity(), "starts": {start.name: start.digest for start in starts}}

@@ -45,6 +45,7 @@ class Start:
     state: dict | None = None  # the encoder's weights; None: random ones
     digest: str = ""  # of the file that holds the weights
     shape: dict = field(default_factory=dict)  # of the encoder conv
+    ranges: dict = field(default_factory=dict)  # what it saw as black and as white beyond 8 bits
 
     def build(self, seed: int) -> nn.Module:
         """The encoder, with `out_features`; from scratch its weights depend on the seed."""
@@ -70,6 +71,7 @@ def open_start(word: str) -> Start:
         raise UsageError(f"{settings_file} {problem}; keep the two files of a run together") from error
     start.state, start.digest = checkpoint.load(file), hashlib.sha256(file.read_bytes()).hexdigest()
     start.shape = shape_of(start.state) if start.encoder == "conv" else {}
+    start.ranges = settings.get("ranges", {})
     encoder = build_encoder(start.encoder, **start.shape)
     checkpoint.load_weights(encoder, start.state, f"{file}, an encoder {start.encoder!r} by its settings,")
     return start
@@ -81,7 +83,7 @@ def open_starts(args: argparse.Namespace) -> list[Start]:
     first = next(iter(pretrained.values()), Start("scratch", "conv", 32, "photos"))
     args.data, args.encoder, args.size = args.data or first.data, args.encoder or first.encoder, args.size or first.size
     shape = first.shape if args.encoder == first.encoder else {}
-    scratch = Start("scratch", args.encoder, args.size, args.data, shape=shape)
+    scratch = Start("scratch", args.encoder, args.size, args.data, shape=shape, ranges=first.ranges)
     starts = [pretrained.get(word, scratch) for word in dict.fromkeys(args.starts)]
     for encoder in {start.encoder for start in starts}:
         build_encoder(encoder, size=args.size)  # a wrong size is refused before anything is decoded
@@ -107,13 +109,13 @@ class Labelled:
         return self.images.labels[self.val].unique()
 
 
-def open_labelled(data: str, size: int, data_dir: str) -> Labelled:
+def open_labelled(data: str, size: int, data_dir: str, ranges: dict | None = None) -> Labelled:
     """The labelled images. Raises UsageError if there are none, too few, or none of a class."""
     listing = list_data(data, data_dir)
     if not listing.classes:
         problem = "has no labels; transfer needs train/CLASS/ and val/CLASS/ in it, or use photos"
         raise ValueProblem("data", data, problem)
-    images = open_images(listing, size, data_dir)
+    images = open_images(listing, size, data_dir, ranges)
     labelled = Labelled(images, images.rows("train"), images.rows("val"))
     for name, count in zip(listing.classes, labelled.counts.tolist(), strict=True):
         if not count:

@@ -17,7 +17,7 @@ import torch
 from augment import augment, generator, to_pixels, whole_view
 from engine import DEVICES, choose_device
 from harness import checkpoint, command, folder, ranks
-from harness.decode import Damaged, decode
+from harness.decode import Damaged, Ranges, decode
 from harness.errors import UsageError, ValueProblem
 from harness.files import unusable
 from harness.pictures import draw_mixtures
@@ -58,16 +58,18 @@ def main() -> None:
     device = choose_device(args.device)
     model, settings = open_run(args.run)
     size = settings["size"]
-    images = torch.stack([read(file, 2 * size) for file in args.images])  # n 3 2S 2S
+    files = [Path(file) for file in (*args.images, args.mixture) if file]
+    ranges = Ranges(files, settings.get("ranges"))  # what the run saw as black and white beyond 8 bits
+    images = torch.stack([read(file, 2 * size, ranges) for file in args.images])  # n 3 2S 2S
+    print(ranges, end="")
     asked = whole_view(images, size)  # n 3 S S
     weights = None
     if args.mixture:
-        mixture = whole_view(read(args.mixture, 2 * size)[None], size)  # 1 3 S S
+        mixture = whole_view(read(args.mixture, 2 * size, ranges)[None], size)  # 1 3 S S
     else:
         weights = torch.tensor(args.weights)
-        seen = (
-            augment(images[: len(weights)], size, generator(args.seed)) if settings["views"] else asked[: len(weights)]
-        )
+        sources = images[: len(weights)]
+        seen = augment(sources, size, generator(args.seed)) if settings["views"] else whole_view(sources, size)
         mixture = (weights[:, None, None, None] * seen).sum(dim=0, keepdim=True)  # 1 3 S S
     question = Question(mixture, asked, torch.arange(len(images))[None], torch.zeros(1, len(images)))
     with torch.no_grad():
@@ -106,10 +108,10 @@ def open_run(run: str) -> tuple[Unmixer, dict]:
     return model, settings
 
 
-def read(file: str, side: int) -> torch.Tensor:
+def read(file: str, side: int, ranges: Ranges) -> torch.Tensor:
     """An image file -> 3 side side uint8. Raises UsageError if it is no image."""
     try:
-        return torch.tensor(decode(Path(file), side)).permute(2, 0, 1)
+        return torch.tensor(decode(Path(file), side, ranges)).permute(2, 0, 1)
     except (OSError, Damaged) as error:
         raise UsageError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 

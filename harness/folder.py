@@ -68,9 +68,9 @@ def resume(parser: Parser, args: argparse.Namespace, may_change: set[str]) -> di
 
 def check_same(then: dict[str, object], now: dict[str, object], folder: str) -> None:
     """Raises UsageError if the run in `folder`, to be resumed, had data of another identity than those now."""
-    for name, was in then.items():
-        if was != now[name]:
-            raise UsageError(f"--resume {folder}: the data is another: {name} was {was}, and is {now[name]} now")
+    for name in then | now:
+        if (was := then.get(name)) != (is_now := now.get(name)):
+            raise UsageError(f"--resume {folder}: the data is another: {name} was {was}, and is {is_now} now")
 
 
 def choose(args: argparse.Namespace, script: str) -> Path:
