@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from augment import generator, send
 from harness import bundled, cache
 from harness.cache import SKIPPED_SHOWN, workers
-from harness.decode import Ranges, decode, decoders, typical_side
+from harness.decode import Ranges, decode, decoders, shortest_sides
 from harness.download import ARCHIVES, fetch
 from harness.errors import ValueProblem
 from harness.files import files_below, ignored, refuse_inside
@@ -36,14 +36,11 @@ CACHE_VERSION = 4  # change it whenever decoding changes, so that older caches a
 TRAINED, HELD_OUT = ("train", "training"), ("val", "valid", "validation", "test", "testing")  # usual names of folders
 VALIDATION_BLOCK = 256  # images in a validation batch, at most; part of the fixed question, so not an option
 SMALLEST_VALIDATION = 3  # images; a validation mixture has three candidates
+Rows = Sequence[int]
 PLACES = ("auto", "device", "stream")
 RESIDENT_SHARE = 0.5  # of the device's free memory, for images that live there
 STREAMERS = 4  # worker processes that gather batches for a GPU, at most
-EXPECTED = {  # where the images of a split should be
-    "train": "train/CLASS/IMAGE",
-    "val": "val/CLASS/IMAGE",
-    "unsup": "images at any depth, or train/CLASS/IMAGE, val/CLASS/IMAGE and optionally unsup/IMAGE",
-}
+UNLABELLED_PLACES = "images at any depth, or train/CLASS/IMAGE, val/CLASS/IMAGE and optionally unsup/IMAGE"
 
 
 class Entry(NamedTuple):
@@ -75,20 +72,17 @@ class Listing:
         for split in self.required:
             if not any(entry.split == split for entry in self.entries):
                 why = "".join(f"; {path} was left out: {reason}" for path, reason in self.skipped[:1])
-                problem = f": no usable image for {split}: expected {EXPECTED[split]}{why}"
-                raise ValueProblem("data", self.place, problem)
+                expected = UNLABELLED_PLACES if split == "unsup" else f"{split}/CLASS/IMAGE"
+                raise ValueProblem("data", self.place, f": no usable image for {split}: expected {expected}{why}")
 
 
 def list_data(data: str, data_dir: str | Path = "data") -> Listing:
     """The files of `photos`, of a data set by name (see harness/download.py; fetched into `data_dir`), or of a folder.
     Raises UsageError if there is nothing to list, RunError if a data set cannot be fetched."""
-    if data == "photos":
-        listing = _list_photos()
-    elif data in ARCHIVES:
-        listing = _list_folder(fetch(data, data_dir))
-    else:
+    if data not in ("photos", *ARCHIVES):
         refuse_inside(data, "data_dir", data_dir)
-        listing = _list_folder(Path(data))
+    folder = fetch(data, data_dir) if data in ARCHIVES else Path(data)
+    listing = _list_photos() if data == "photos" else _list_folder(folder)
     listing.require_every_split()
     return listing
 
@@ -104,54 +98,51 @@ def _list_photos() -> Listing:
 def _list_folder(root: Path) -> Listing:
     """A folder with `train/CLASS/`, `val/CLASS/` and optionally `unsup/` has these splits; the class indices are those
     of `train/` by name, in every split. Any other folder holds unlabelled images, at any depth: all "unsup"."""
-    if not root.exists():
-        raise ValueProblem("data", root, ": no such folder; give a folder of images, or `photos`")
-    if not root.is_dir():
-        raise ValueProblem("data", root, "is a file; give the folder that holds the images")
-    classes, val_classes = _folders(root / "train"), _folders(root / "val")
-    labelled, problem = bool(classes and val_classes), ""
-    for name, folders, other in (("train", classes, val_classes), ("val", val_classes, classes)):
-        if (root / name).is_dir() and other and not folders:
-            problem = f"no usable image for {name}: expected {name}/CLASS/IMAGE, and there is no class"
-    if (root / "val").is_dir() and not labelled and not problem:
-        problem = "what is in val/ is never trained on, and without train/CLASS/ and val/CLASS/ all images are; make "
-        problem += "these folders, or give the folder of those to train on"
-    folders = {name.lower(): name for name in _folders(root)}
-    trained, held = ([folders[name] for name in names if name in folders] for names in (TRAINED, HELD_OUT))
-    if trained and held and not labelled and not problem:
-        problem = f"{held[0]}/ beside {trained[0]}/ looks like images that are not for training; name them "
-        problem += "train/CLASS/ and val/CLASS/, or give the folder of those to train on"
-    if labelled and (unknown := sorted(set(val_classes) - set(classes))):
-        problem = f"val/{unknown[0]}/ is a class that train/ does not have; rename it to one, or remove it"
-    if problem:
-        raise ValueProblem("data", root, f": {problem}")
-    required = ("train", "val", *["unsup"] * (root / "unsup").is_dir()) if labelled else ("unsup",)
 
-    entries, skipped, stamps = [], [], []
+    def refuse(problem):
+        raise ValueProblem("data", root, problem)
+
+    if not root.exists():
+        refuse(": no such folder; give a folder of images, or `photos`")
+    if not root.is_dir():
+        refuse("is a file; give the folder that holds the images")
+    folders = {split: _folders(root / split) for split in ("train", "val")}
+    labelled = all(folders.values())
+    for split, names in folders.items():
+        if (root / split).is_dir() and any(folders.values()) and not names:
+            refuse(f": no usable image for {split}: expected {split}/CLASS/IMAGE, and there is no class")
+    if (root / "val").is_dir() and not labelled:
+        problem = "what is in val/ is never trained on, and without train/CLASS/ and val/CLASS/ all images are"
+        refuse(f": {problem}; make these folders, or give the folder of those to train on")
+    usual = {name.lower(): name for name in _folders(root)}
+    trained, held = ([usual[name] for name in names if name in usual] for names in (TRAINED, HELD_OUT))
+    if trained and held and not labelled:
+        problem = f"{held[0]}/ beside {trained[0]}/ looks like images that are not for training"
+        refuse(f": {problem}; name them train/CLASS/ and val/CLASS/, or give the folder of those to train on")
+    if labelled and (unknown := sorted(set(folders["val"]) - set(folders["train"]))):
+        refuse(f": val/{unknown[0]}/ is a class that train/ does not have; rename it to one, or remove it")
+
+    found, skipped, stamps = [], [], []
     for path in sorted(files_below(root, skipped)):
         split, *inner = path.split("/") if labelled else ("unsup", path)
+        name = "".join(inner[:1]) if split != "unsup" else ""
         if not (root / path).is_file():
             skipped.append((path, "a broken link, or no regular file"))
         elif len(inner) < {"train": 2, "val": 2, "unsup": 1}.get(split, math.inf):
             skipped.append((path, "in no class folder of train/ or val/, nor in unsup/"))
         else:
-            entries.append(Entry(path, split, UNLABELLED if split == "unsup" else classes.index(inner[0])))
+            found.append((path, split, name))
             stat = (root / path).stat()
             stamps.append((path, stat.st_size, stat.st_mtime_ns))
-    ranges = Ranges([root / entry.path for entry in entries])
-    return Listing(
-        name=root.resolve().name,
-        place=str(root),
-        required=required,
-        classes=classes if labelled else [],
-        entries=entries,
-        skipped=skipped,
-        load=lambda path, side: decode(root / path, side, ranges),
-        native=typical_side(ranges.files),
-        fingerprint=_hash(str(root.resolve()), classes if labelled else [], entries, stamps),
-        root=root,
-        ranges=ranges,
-    )
+    classes = folders["train"] if labelled else []
+    numbers = {name: number for number, name in enumerate(classes)}
+    entries = [Entry(path, split, numbers.get(name, UNLABELLED)) for path, split, name in found]
+    required = ["train", "val"] * labelled + ["unsup"] * (not labelled or (root / "unsup").is_dir())
+    ranges = Ranges([root / path for path, _, _ in found])
+    load, sides = lambda path, side: decode(root / path, side, ranges), shortest_sides(ranges.files)
+    native, stamp = int(np.median(sides or [0])), _hash(str(root.resolve()), classes, entries, stamps)
+    files = tuple(required), classes, entries, skipped, load, native, stamp
+    return Listing(root.resolve().name, str(root), *files, root, ranges)
 
 
 def _folders(root: Path) -> list[str]:
@@ -160,9 +151,6 @@ def _folders(root: Path) -> list[str]:
 
 def _hash(*parts) -> str:
     return hashlib.sha256(json.dumps([CACHE_VERSION, *parts]).encode()).hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------------------ the cache
 
 
 @dataclass
@@ -181,49 +169,38 @@ class Images:
 
     def identity(self) -> dict[str, object]:
         """Fingerprint used to refuse resuming on different data: plain values by name."""
-        ranges = {"scale beyond 8 bits": dict(self.listing.ranges)} if self.listing.ranges else {}
-        return ranges | {
+        return ({"scale beyond 8 bits": dict(self.listing.ranges)} if self.listing.ranges else {}) | {
             "number of images": len(self.listing.entries),
             "side": self.pixels.shape[2],
             "classes": self.listing.classes,
             "list of images": hashlib.sha256(json.dumps(self.listing.entries).encode()).hexdigest(),
         }
 
-    def duplicates(self) -> tuple[list[list[Entry]], int]:
-        """Groups of images with equal pixels that are in more than one split, and how many are in their split twice."""
-        groups = [[self.listing.entries[row] for row in rows] for rows in self.same]
-        splits = [len({entry.split for entry in group}) for group in groups]
-        across = [group for group, count in zip(groups, splits, strict=True) if count > 1]
-        return across, sum(map(len, groups)) - sum(splits)
-
-    def describe(self) -> str:
-        """A line with the numbers of images, and lines about what a person may not expect, such as a line for each file
-        that was skipped, up to ten."""
+    def describe(self, skipped: bool = True) -> str:
+        """A line with the numbers of images, and lines about what a person may not expect; the last of them about files
+        that were `skipped`, a line for each, up to ten."""
         counts = Counter(entry.split for entry in self.listing.entries)
         splits = ", ".join(f"{count} {split}" for split, count in sorted(counts.items()))
         classes = f", {len(self.listing.classes)} classes" if self.listing.classes else ", no labels"
-        lines = [f"{self.listing.place}: {len(self.labels)} images ({splits}{classes}), {self.pixels.shape[2]} px"]
-        lines += str(self.listing.ranges).splitlines()
-        across, within = self.duplicates()
-        counts = (within, "more than once in a split"), (len(across), "in more than one split")
-        if copies := [f"{count} image{'s' * (count != 1)} {where}" for count, where in counts if count]:
-            lines.append(f"note: {', '.join(copies)}, by the pixels")
-        skipped = self.listing.skipped
-        lines += [f"skipped {path}: {why}" for path, why in skipped[:SKIPPED_SHOWN]]
-        if skipped:
-            more = f", these and more; all are named in {self.skipped_file}" if len(skipped) > SKIPPED_SHOWN else ""
-            lines.append(f"{len(skipped)} files skipped{more}")
+        title = f"{self.listing.place}: {len(self.labels)} images ({splits}{classes}), {self.pixels.shape[2]} px"
+        lines = [title, *str(self.listing.ranges).splitlines()]
+        copies = sum(len(rows) - 1 for rows in self.same)
+        across = sum(len({self.listing.entries[row].split for row in rows}) > 1 for rows in self.same)
+        lines += [f"note: copies by their pixels: {copies}; images in more than one split: {across}"] * bool(copies)
+        lost = self.listing.skipped if skipped else []
+        lines += [f"skipped {path}: {why}" for path, why in lost[:SKIPPED_SHOWN]]
+        more = f", these and more; all are named in {self.skipped_file}" if len(lost) > SKIPPED_SHOWN else ""
+        lines += [f"{len(lost)} files skipped{more}"] if lost else []
         return "\n".join(lines)
 
 
 def open_images(listing: Listing, size: int, data_dir: str | Path, ranges: dict[str, list] | None = None) -> Images:
     """The pixels of a data set, from the cache in `data_dir`; decoded if no cache of the very same files is there. They
-    are stored at twice the side of a view (`size`, px), so that a crop is sharp too, or at their own if smaller. Where
-    their own `ranges` are not those that are given, they have another cache. Raises UsageError if nothing of a split
-    could be decoded or the cache cannot be written, RunError if the disk is full."""
+    are stored at twice the side of a view (`size`, px), so that a crop is sharp too, or at their own if smaller. With
+    `ranges` of others they have another cache. Raises UsageError if nothing of a split could be decoded or the cache
+    cannot be written, RunError if the disk is full."""
     side = min(2 * size, listing.native or 2 * size)
     place = listing.root.resolve() if listing.root else listing.place  # one cache however the path was typed
-    paths = [entry.path for entry in listing.entries]
 
     def decoded(index):
         kept, skipped = [listing.entries[place] for place in index["kept"]], [tuple(s) for s in index["skipped"]]
@@ -239,8 +216,8 @@ def open_images(listing: Listing, size: int, data_dir: str | Path, ranges: dict[
         if index is None or index["fingerprint"] != listing.fingerprint or stale:
             index = {"fingerprint": listing.fingerprint, "side": side, "decoders": decoders()}
             index |= {"skipped": list(listing.skipped), "ranges": listing.ranges}
-            check = lambda index: decoded(index).require_every_split()  # noqa: E731
-            cache.build(file, paths, lambda path: listing.load(path, side), index, check)
+            paths, load = [entry.path for entry in listing.entries], lambda path: listing.load(path, side)
+            cache.build(file, paths, load, index, lambda index: decoded(index).require_every_split())
         if all((ranges or {}).get(kind, own) == own for kind, own in index["ranges"].items()):
             break
     listing.ranges.update(index["ranges"])
@@ -248,9 +225,6 @@ def open_images(listing: Listing, size: int, data_dir: str | Path, ranges: dict[
     pixels = np.memmap(file, np.uint8, "r", shape=(len(listing.entries), 3, side, side))
     labels, skipped_file = torch.tensor([entry.label for entry in listing.entries]), file.with_suffix(".skipped.txt")
     return Images(listing, pixels, labels, skipped_file, index["same"])
-
-
-# ------------------------------------------------------------------------------------------------ splits and loaders
 
 
 def pretext_split(entries: Sequence[Entry], batch_size: int) -> tuple[list[int], list[int]]:
@@ -292,21 +266,14 @@ def choose_place(name: str, images: Images, device: torch.device) -> str:
     return "device" if images.pixels.nbytes <= RESIDENT_SHARE * free else "stream"
 
 
-class Resident(NamedTuple):
-    """All images of a data set on a device."""
-
-    pixels: torch.Tensor  # N 3 H H uint8
-    labels: torch.Tensor  # N int64
-
-
 class ImageDataset(Dataset):
-    """Some rows of a data set. A batch is gathered at once, by `collate`: from `resident`, where nothing is copied to
-    the device in a step, or if that is None from the cache."""
+    """Some rows of a data set. A batch is gathered at once, by `collate`: from `resident`, all images N 3 H H uint8 and
+    labels N int64 on a device, where nothing is copied in a step, or if that is None from the cache."""
 
-    def __init__(self, images: Images, rows: Sequence[int], resident: Resident | None = None):
+    def __init__(self, images: Images, rows: Rows, resident: tuple[torch.Tensor, torch.Tensor] | None = None):
         self.images, self.rows, self.resident = images, np.asarray(rows, dtype=np.int64), resident
         if resident is not None:
-            self.resident_rows = torch.from_numpy(self.rows).to(resident.pixels.device)
+            self.resident_rows = torch.from_numpy(self.rows).to(resident[0].device)
 
     def __len__(self):
         return len(self.rows)
@@ -319,8 +286,8 @@ class ImageDataset(Dataset):
         if self.resident is None:
             rows = self.rows[places]
             return torch.from_numpy(self.images.pixels[rows]), self.images.labels[rows]
-        rows = self.resident_rows[places]
-        return self.resident.pixels[rows], self.resident.labels[rows]
+        (pixels, labels), rows = self.resident, self.resident_rows[places]
+        return pixels[rows], labels[rows]
 
 
 class EpochOrder(Sampler):
@@ -346,14 +313,9 @@ def _leave_interrupts(worker: int) -> None:
 
 
 def get_dataloaders(
-    images: Images,
-    train: Sequence[int],
-    val: Sequence[int],
-    batch_size: int,
-    seed: int,
-    device: torch.device | None = None,
-    place: str = "auto",
-) -> tuple[DataLoader, DataLoader]:
+    images: Images, train: Rows, val: Rows, batch_size: int, seed: int,
+    device: torch.device | None = None, place: str = "auto",
+) -> tuple[DataLoader, DataLoader]:  # fmt: skip
     """Loaders of (images B 3 H W uint8, labels B int64) over rows to train on and rows to validate on. `place` is where
     the images live, see `choose_place`; the batches are the same. Without a `device` (torch's) it is the CPU.
 
@@ -363,7 +325,7 @@ def get_dataloaders(
     device = device or torch.device("cpu")
     resident, options = None, {}
     if choose_place(place, images, device) == "device":
-        resident = Resident(torch.from_numpy(np.array(images.pixels)).to(device), images.labels.to(device))
+        resident = torch.from_numpy(np.array(images.pixels)).to(device), images.labels.to(device)
     elif device.type == "cuda":
         options = {"pin_memory": True}
         if hasattr(os, "fork"):  # workers gather the next batches while the GPU computes

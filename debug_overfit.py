@@ -8,6 +8,7 @@ Exit status 0 if no check fails, 1 if one does: it is explained, and the ladder 
 """
 
 import argparse
+import contextlib
 import textwrap
 from datetime import timedelta
 from pathlib import Path
@@ -125,11 +126,8 @@ def main() -> int:
     place = folder.choose(args, "debug")
     subject = assemble(args)
     folder.make(place, args, device_name(choose_device(args.device)))
-    subject.log = Log(place)
-    try:
+    with contextlib.closing(Log(place)) as subject.log:
         return run_ladder(subject, place)
-    finally:
-        subject.log.close()
 
 
 if __name__ == "__main__":

@@ -45,7 +45,10 @@ def main() -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unusable("out", out, error) from error
-    print(images.describe().splitlines()[0] + " in the cache", table(images), unreadable(images), sep="\n")
+    title, *notes = images.describe(skipped=False).splitlines()
+    print(f"{title} in the cache", *notes, table(images), sep="\n")
+    skipped = [f"{path}: {why}" for path, why in images.listing.skipped]
+    print(_listed(f"{len(skipped) or 'no'} unreadable or misplaced file{'s' * (len(skipped) != 1)}", skipped))
     print(duplicates(images))
     contact_sheet(images).save(out / "contact.png")
     print(f"\n{out}/contact.png     images of every class and split")
@@ -111,16 +114,11 @@ def _colour(images: Images, rows: list[int]) -> list[str]:
     return [" ".join(f"{value:3.0f}" for value in values) for values in (mean, spread)]
 
 
-def unreadable(images: Images) -> str:
-    """The files that were left out, and why."""
-    skipped = images.listing.skipped
-    title = f"{len(skipped) or 'no'} unreadable or misplaced file{'s' * (len(skipped) != 1)}"
-    return _listed(title, [f"{path}: {why}" for path, why in skipped])
-
-
 def duplicates(images: Images) -> str:
     """The images that are in more than one split, by the pixels that are trained on; and how many are there twice."""
-    across, within = images.duplicates()
+    same = [[images.listing.entries[row] for row in rows] for rows in images.same]
+    across = [entries for entries in same if len({entry.split for entry in entries}) > 1]
+    within = sum(len(entries) - len({entry.split for entry in entries}) for entries in same)
     title = f"{len(across) or 'no'} image{'s' * (len(across) != 1)} in more than one split"
     copies = f"{within or 'no'} image{'s' * (within != 1)} more than once in a split"
     return _listed(title, [" = ".join(entry.path for entry in entries) for entries in across]) + f"\n{copies}"

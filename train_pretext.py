@@ -30,20 +30,10 @@ from torch.distributions import Beta
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import engine
 from augment import CROP, to_pixels
 from data import PLACES, ImageDataset, Images, get_dataloaders, open_pretext
-from engine import (
-    AMP,
-    DEVICES,
-    PEEK_EVERY,
-    Trainer,
-    choose_amp,
-    choose_device,
-    device_name,
-    encode_images,
-    memory,
-    warm_up_norms,
-)
+from engine import AMP, DEVICES, Trainer, choose_amp, choose_device, device_name, encode_images, memory, warm_up_norms
 from harness import checkpoint, command, folder, ranks
 from harness.download import ARCHIVES
 from harness.errors import RunError, UsageError, ValueProblem
@@ -56,9 +46,8 @@ from tasks import ACTIVATIONS, LOSSES, TASKS, LabelTask, MixupTransform, Questio
 
 QUESTION = {"candidates", "sources", "views", "activation", "loss", "symmetric", "few", "contrast", "beta", "crop"}
 DECODER = {"decoder", "hidden", "temperature"}  # options
-PLUMBING = {"out", "overwrite", "resume", "data_dir", "device", "images", "compile"}  # options that change no figure
 OFTEN = {"checkpoint_every", "inspect_every"}
-PLUMBING |= OFTEN | {"ranges"}
+PLUMBING = {"out", "overwrite", "resume", "data_dir", "device", "images", "compile", "ranges"} | OFTEN
 FIGURES = {  # name: (what it is called, its format)
     "loss": ("loss", ".3f"),
     "source_accuracy": ("sources named right", ".1%"),
@@ -272,7 +261,7 @@ def fit(progress: Progress, train_loader: DataLoader, val_loader: DataLoader, lo
 
         def after_step():
             due = args.checkpoint_every and trainer.taken % args.checkpoint_every == 0
-            asked = RANKS == 1 or trainer.taken % PEEK_EVERY == 0 or trainer.taken % len(train_loader) == 0
+            asked = RANKS == 1 or trainer.taken % engine.PEEK_EVERY == 0 or trainer.taken % len(train_loader) == 0
             stop = asked and ranks.any_rank(interrupts.signal is not None)
             if due or stop:
                 trainer.check(train_loader)

@@ -35,16 +35,12 @@ def read_index(file: Path) -> dict | None:
         return json.loads(cache.read(length))
 
 
-def build(
-    file: Path, paths: Sequence[str], load: Callable[[str], np.ndarray], index: dict, check: Callable[[dict], object]
-) -> dict:
-    """Decode everything on all cores, write the cache to `file`, and return its index. Raises UsageError or RunError
-    about the parameter `data_dir` if the file cannot be written.
+def build(file: Path, paths: Sequence[str], load: Callable[[str], np.ndarray], index: dict, check: Callable) -> dict:
+    """Decode everything on all cores, write the cache to `file`, and return its index, which gets "kept", the places in
+    `paths` of the rows; "skipped", [path, why] of the others; "same", groups of rows with equal pixels. Before the file
+    is complete, `check(index)` may raise. Raises UsageError or RunError if it cannot be written, of `data_dir`.
 
-    load   path -> H H 3 uint8; raises Damaged, and OSError if a drive is lost: that leaves no cache
-    index  gets "kept", the places in `paths` of the rows, and "same", groups of rows with equal pixels; the files that
-           are Damaged join its "skipped", [path, why]
-    check  called with the index before the file gets its name; may raise
+    load  path -> H H 3 uint8; raises Damaged, and OSError if a drive is lost: that leaves no cache
     """
     data_dir, kept, same = file.parent.parent, [], defaultdict(list)
 
@@ -59,8 +55,8 @@ def build(
             raise
 
     def fill(cache):
-        title = f"decoding {file.name.rsplit('-', 2)[0]}"
-        bar = tqdm(total=len(paths), desc=title, unit="image", leave=False, disable=None)
+        name = file.name.rsplit("-", 2)[0]
+        bar = tqdm(total=len(paths), desc=f"decoding {name}", unit="image", leave=False, disable=None)
         with ThreadPoolExecutor(workers()) as pool, bar:
             for start in range(0, len(paths), BLOCK):
                 for place, (pixels, said) in enumerate(pool.map(row, paths[start : start + BLOCK]), start):

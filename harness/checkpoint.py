@@ -20,17 +20,13 @@ NEW, LAST, BEFORE = "checkpoint.new.pt", "checkpoint.pt", "checkpoint.previous.p
 
 def save(state: object, file: str | Path) -> None:
     """Write `state` atomically, for `load` or `torch.load(file, weights_only=True)`."""
-    _write(_content(state), file)
+    write(file, lambda stream: stream.write(_content(state).getbuffer()))
 
 
 def _content(state):
     content = io.BytesIO()  # torch.save on a full disk would hide the error
     torch.save(state, content)
     return content
-
-
-def _write(content, file):
-    write(file, lambda stream: stream.write(content.getbuffer()))
 
 
 def load(file: str | Path) -> object:
@@ -57,7 +53,7 @@ def save_last(state: object, folder: Path) -> None:
 
 
 def _write_last(content, folder):
-    _write(content, folder / NEW)
+    write(folder / NEW, lambda stream: stream.write(content.getbuffer()))
     if (folder / LAST).exists():
         os.replace(folder / LAST, folder / BEFORE)
     os.replace(folder / NEW, folder / LAST)

@@ -141,13 +141,10 @@ def _to_8_bits(image: Image.Image, ranges: list[list[float]]) -> Image.Image:
     return Image.fromarray(values.round().astype(np.uint8))
 
 
-def typical_side(files: Sequence[Path], sample: int = 64) -> int:
-    """Median of the shortest sides of up to `sample` images spread over `files`, px; 0 if none of them opens."""
+def shortest_sides(files: Sequence[Path], sample: int = 64) -> list[int]:
+    """The shortest sides of up to `sample` images spread over `files`, px, without those that do not open."""
     sides = []
     for file in files[:: max(1, -(-len(files) // sample))]:
-        try:
-            with Image.open(file) as image:
-                sides.append(min(image.size))
-        except Exception:  # noqa: BLE001  damaged files raise many kinds; decoding will name this one
-            continue
-    return int(np.median(sides)) if sides else 0
+        with contextlib.suppress(Exception), Image.open(file) as image:  # decoding will name a damaged file
+            sides.append(min(image.size))
+    return sides

@@ -19,13 +19,9 @@ WRONG = (200, 40, 30)
 
 
 def draw_mixtures(
-    mixtures: torch.Tensor,
-    candidates: torch.Tensor,
-    weights: torch.Tensor | None,
-    predicted: torch.Tensor | None = None,
-    examples: int = 8,
-    tile: int = 72,
-) -> Image.Image:
+    mixtures: torch.Tensor, candidates: torch.Tensor, weights: torch.Tensor | None,
+    predicted: torch.Tensor | None = None, examples: int = 8, tile: int = 72,
+) -> Image.Image:  # fmt: skip
     """Mixtures, each beside its candidates with their true and predicted weights as bars, on a sheet of about 3:2.
 
     mixtures B 3 S S uint8, candidates B n 3 S S uint8, weights and predicted B n, None if they are not known
