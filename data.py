@@ -11,6 +11,7 @@ Every file is decoded once for each side that is asked for. A batch is then a ga
 import hashlib
 import json
 import math
+import mimetypes
 import os
 import signal
 from collections import Counter
@@ -175,6 +176,16 @@ class Images:
             "classes": self.listing.classes,
             "list of images": hashlib.sha256(json.dumps(self.listing.entries).encode()).hexdigest(),
         }
+
+    def skipped(self, allowed: bool = True) -> dict[str, str]:
+        """{"warning": text} if a tenth of the images or more were skipped, of the files that are named as images; else
+        {}. Raises UsageError from half on, unless that is `allowed`."""
+        named = lambda path: (mimetypes.guess_type(path, strict=False)[0] or "").startswith("image/")  # noqa: E731
+        lost = [f"{path} ({why})" for path, why in self.listing.skipped if named(path)]
+        text = f"{len(lost)} of {len(lost) + len(self.labels)} images cannot be used, such as {''.join(lost[:1])}"
+        if len(lost) >= len(self.labels) and not allowed:
+            raise ValueProblem("data", self.listing.place, f": {text}; mend them, or go on with --allow-skipped")
+        return {"warning": text} if 9 * len(lost) >= len(self.labels) else {}
 
     def describe(self, skipped: bool = True) -> str:
         """A line with the numbers of images, and lines about what a person may not expect; the last of them about files

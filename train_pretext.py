@@ -47,7 +47,7 @@ from tasks import ACTIVATIONS, LOSSES, TASKS, LabelTask, MixupTransform, Questio
 QUESTION = {"candidates", "sources", "views", "activation", "loss", "symmetric", "few", "contrast", "beta", "crop"}
 DECODER = {"decoder", "hidden", "temperature"}  # options
 OFTEN = {"checkpoint_every", "inspect_every"}
-PLUMBING = {"out", "overwrite", "resume", "data_dir", "device", "images", "compile", "ranges"} | OFTEN
+PLUMBING = {"out", "overwrite", "resume", "data_dir", "device", "images", "compile", "ranges", "allow_skipped"} | OFTEN
 FIGURES = {  # name: (what it is called, its format)
     "loss": ("loss", ".3f"),
     "source_accuracy": ("sources named right", ".1%"),
@@ -71,6 +71,7 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     add("--size", type=integer(8, 1024), default=32, help="side of a view, px")
     add("--grow", action=switch, help="smaller views in the first epochs, see view_size (default: with conv)")
     add("--crop", type=command.crop, default=CROP, help="smallest share of an image in a view, give or take its aspect")
+    add("--allow-skipped", action="store_true", help="go on if half of the images or more cannot be used")
     add = parser.add_argument_group("question").add_argument
     add("--task", choices=TASKS, default="mixup", help="`mixup`: how much of each image is in the mixture?")
     add("--candidates", type=integer(2, word="batch"), help="how many; `batch`: all images (default: batch; scale: 3)")
@@ -115,7 +116,7 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     args.grow = args.encoder == "conv" if args.grow is None else args.grow
     if args.candidates not in (None, "batch"):
         parser.refuse({"few"}, f"is of `--candidates batch`, not {args.candidates}; leave one of them out")
-    return args, folder.resume(parser, args, {"epochs", "device", "data", "data_dir", *OFTEN})
+    return args, folder.resume(parser, args, {"epochs", "device", "data", "data_dir", "allow_skipped", *OFTEN})
 
 
 def make_task(args: argparse.Namespace) -> WeightTask | LabelTask:
@@ -153,7 +154,7 @@ def main() -> None:
     place = folder.choose(args, "pretext")
     with ranks.first_rank_first():  # it downloads and decodes
         images, train, val = open_pretext(args.data, args.size, args.data_dir, args.batch_size, args.ranges)
-    args.ranges = dict(images.listing.ranges)
+    warned, args.ranges = images.skipped(args.allow_skipped), dict(images.listing.ranges)
     loaders = get_dataloaders(images, train, val, args.batch_size, args.seed, device, args.images)
     steps = args.epochs * len(loaders[0])
     trainer = Trainer(model, task, lr=args.lr, steps=steps, seed=args.seed, device=device, amp=amp)
@@ -181,7 +182,7 @@ def main() -> None:
     summary = {name: vars(args)[name] for name in ("data", "task", "epochs", "seed")}
     summary |= {"train_images": len(train), "val_images": len(val), **final, "references": progress.references}
     summary |= {"images_per_second": statistics.median(progress.speeds or [0.0]), "seconds": progress.seconds}
-    summary |= {"device": device_name(device), "amp": "bf16" if amp else "off"}
+    summary |= {"device": device_name(device), "amp": "bf16" if amp else "off", **warned}
     write_json(summary, place / "summary.json")  # the last file: where it is, the run is complete
     print_summary(summary, place)
 
@@ -400,6 +401,8 @@ def print_summary(summary: dict, place: Path) -> None:
         print(f"or           {place}/validation.before.png, validation.png")
     print(f"results      {place}/summary.json, history.csv, encoder.pt")
     print(f"next         python train_transfer.py {shlex.quote(str(place))} scratch")
+    if "warning" in summary:
+        print(f"warning      {summary['warning']}")
 
 
 if __name__ == "__main__":

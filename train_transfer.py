@@ -50,6 +50,7 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     add("--data-dir", type=command.place, default="data", help="folder for data sets by name, and for decoded images")
     add("--encoder", help="of `scratch` (default: that of the first START, else conv)")
     add("--size", type=integer(8, 1024), help="side of a view, px (default: that of the first START)")
+    add("--allow-skipped", action="store_true", help="go on if half of the images or more cannot be used")
     add = parser.add_argument_group("training").add_argument
     add("--mode", choices=MODES, default="finetune", help="what is trained")
     add("--epochs", type=integer(1), default=5, help="passes over the labelled images")
@@ -66,7 +67,7 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     add("--overwrite", action="store_true", help="replace the run that --out holds")
     add("--resume", type=command.place, metavar="FOLDER", help="go on with the run in this folder (default: a new run)")
     args = parser.parse_args()
-    saved = folder.resume(parser, args, {"device", "data", "data_dir"})
+    saved = folder.resume(parser, args, {"device", "data", "data_dir", "allow_skipped"})
     unused = {"finetune": set(), "linear": FINETUNING}.get(args.mode, FINETUNING | TRAINING)
     parser.refuse(unused, f"has no use in --mode {args.mode}; leave one of them out")
     if not args.starts:
@@ -85,6 +86,7 @@ def main() -> None:
     starts = open_starts(args)
     place = folder.choose(args, f"transfer-{args.mode}")
     data = open_labelled(args.data, args.size, args.data_dir, starts[0].ranges)
+    warned = data.images.skipped(args.allow_skipped)
     for start, (kind, own) in itertools.product(starts, data.images.listing.ranges.items()):
         if start.state is not None and start.ranges.get(kind) != own:
             print(f"note: {start.name} saw {kind} images at another scale, or none", file=sys.stderr)
@@ -120,10 +122,12 @@ def main() -> None:
                 after_step()
         names = [name for start in starts for name in names_of(start, args.mode)]
         rows = {name: [run for run in runs if run["start"] == name] for name in names}
-        summary = {name: summarise(args, of_start, device) for name, of_start in rows.items()}
+        summary = {name: summarise(args, of_start, device) | warned for name, of_start in rows.items()}
         files.write_csv(predictions(runs, data), place / "predictions.csv")
         files.write_json(summary, place / "summary.json")
         print_summary(args, summary, data, place)
+        for warning in warned.values():
+            print(f"warning      {warning}")
         for run in runs:  # last: nothing but pictures is lost if one fails
             try:
                 draw(run, data, log)
