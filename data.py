@@ -14,9 +14,11 @@ import math
 import mimetypes
 import os
 import signal
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,6 +69,8 @@ class Listing:
     fingerprint: str  # changes whenever a file changes
     root: Path | None = None  # the folder of the paths; None for the bundled photographs
     ranges: Ranges = field(default_factory=Ranges)  # what is black and what is white beyond 8 bits
+    sides: list[int] = field(default_factory=list)  # shortest sides of a sample, px
+    notes: list[str] = field(default_factory=list)  # what a person may not expect
 
     def require_every_split(self) -> None:
         """Raises UsageError if a split has no image."""
@@ -120,13 +124,17 @@ def _list_folder(root: Path) -> Listing:
     if trained and held and not labelled:
         problem = f"{held[0]}/ beside {trained[0]}/ looks like images that are not for training"
         refuse(f": {problem}; name them train/CLASS/ and val/CLASS/, or give the folder of those to train on")
+    nfc = lambda name: unicodedata.normalize("NFC", name)  # noqa: E731  é is one character, or e and an accent
     if labelled and (unknown := sorted(set(folders["val"]) - set(folders["train"]))):
-        refuse(f": val/{unknown[0]}/ is a class that train/ does not have; rename it to one, or remove it")
+        alike = [name for name in folders["train"] if nfc(name) == nfc(unknown[0])]
+        more = "".join(f" (it looks like one, but is {unknown[0]!a}, and not {name!a})" for name in alike)
+        refuse(f": val/{unknown[0]}/ is a class that train/ does not have; rename it to one, or remove it{more}")
 
-    found, skipped, stamps = [], [], []
+    found, skipped, stamps, seen, nested = [], [], [], set(), {}
     for path in sorted(files_below(root, skipped)):
         split, *inner = path.split("/") if labelled else ("unsup", path)
         name = "".join(inner[:1]) if split != "unsup" else ""
+        seen.add(f"{split}/{name}".strip("/"))
         if not (root / path).is_file():
             skipped.append((path, "a broken link, or no regular file"))
         elif len(inner) < {"train": 2, "val": 2, "unsup": 1}.get(split, math.inf):
@@ -135,15 +143,27 @@ def _list_folder(root: Path) -> Listing:
             found.append((path, split, name))
             stat = (root / path).stat()
             stamps.append((path, stat.st_size, stat.st_mtime_ns))
-    classes = folders["train"] if labelled else []
+            if name and len(inner) > 2:
+                nested.setdefault(name, f"{split}/{name}/{inner[1]}/")
+    seen.update(path for path, _ in skipped)  # such as a folder that cannot be read
+    folders["unsup"] = [""] * (root / "unsup").is_dir()
+    places = [f"{split}/{name}".strip("/") for split in folders for name in folders[split]]
+    empty = [place for place in places if labelled and place not in seen]
+    classes = [name for name in folders["train"] if labelled and {f"train/{name}", f"val/{name}"} & seen]
+    twins = [names for _, group in groupby(sorted(classes, key=nfc), nfc) if len(names := list(group)) > 1]
+    notes = [f"nothing is in {'/, '.join(empty[:5])}/" + f" and {len(empty) - 5} more" * (len(empty) > 5)] * bool(empty)
+    notes += [f"{name} is the only class, with no other to tell it from" for name in classes * (len(classes) == 1)]
+    notes += [f"the classes {' and '.join(map(ascii, names))} look the same, and are two" for names in twins]
+    notes += [f"a class is all that is in its folder: {list(nested.values())[0]} is none"] if nested else []
+
     numbers = {name: number for number, name in enumerate(classes)}
     entries = [Entry(path, split, numbers.get(name, UNLABELLED)) for path, split, name in found]
-    required = ["train", "val"] * labelled + ["unsup"] * (not labelled or (root / "unsup").is_dir())
+    required = dict.fromkeys(["train", "val"] * labelled + [split for _, split, _ in found] or ["unsup"])
     ranges = Ranges([root / path for path, _, _ in found])
     load, sides = lambda path, side: decode(root / path, side, ranges), shortest_sides(ranges.files)
     native, stamp = int(np.median(sides or [0])), _hash(str(root.resolve()), classes, entries, stamps)
     files = tuple(required), classes, entries, skipped, load, native, stamp
-    return Listing(root.resolve().name, str(root), *files, root, ranges)
+    return Listing(root.resolve().name, str(root), *files, root, ranges, sides, notes)
 
 
 def _folders(root: Path) -> list[str]:
@@ -194,7 +214,7 @@ class Images:
         splits = ", ".join(f"{count} {split}" for split, count in sorted(counts.items()))
         classes = f", {len(self.listing.classes)} classes" if self.listing.classes else ", no labels"
         title = f"{self.listing.place}: {len(self.labels)} images ({splits}{classes}), {self.pixels.shape[2]} px"
-        lines = [title, *str(self.listing.ranges).splitlines()]
+        lines = [title, *str(self.listing.ranges).splitlines(), *(f"note: {note}" for note in self.listing.notes)]
         copies = sum(len(rows) - 1 for rows in self.same)
         across = sum(len({self.listing.entries[row].split for row in rows}) > 1 for rows in self.same)
         lines += [f"note: copies by their pixels: {copies}; images in more than one split: {across}"] * bool(copies)
@@ -211,6 +231,9 @@ def open_images(listing: Listing, size: int, data_dir: str | Path, ranges: dict[
     `ranges` of others they have another cache. Raises UsageError if nothing of a split could be decoded or the cache
     cannot be written, RunError if the disk is full."""
     side = min(2 * size, listing.native or 2 * size)
+    if side <= size and (larger := sum(other >= 2 * side for other in listing.sides)):
+        share = f"{larger} of {len(listing.sides)} in a sample are larger, and lose detail"
+        listing.notes.append(f"all images are stored at {side} px, since most are that small; {share}")
     place = listing.root.resolve() if listing.root else listing.place  # one cache however the path was typed
 
     def decoded(index):

@@ -2,17 +2,23 @@
 
 import json
 import shutil
+import unicodedata
 from pathlib import Path
 
 import pytest
 
 from data import list_data, open_images
+from harness.errors import UsageError
 
 TINY = ("--size", 8, "--data-dir", "decoded")
 
 
 def opened(root, tmp_path, size=16):
     return open_images(list_data(str(root)), size, tmp_path / "data")
+
+
+def notes(images):
+    return [line for line in images.describe().splitlines() if line.startswith("note: ")]
 
 
 # ------------------------------------------------------------------------------------------------------ skipped images
@@ -70,3 +76,81 @@ def test_images_that_lie_elsewhere_count_as_skipped(labelled, tmp_path):
         shutil.copy(next((labelled / "unsup").iterdir()), labelled / "unlabelled" / f"{i}.jpg")
     (warning,) = opened(labelled, tmp_path).skipped().values()
     assert warning.startswith("6 of 54 images") and "unlabelled/0.jpg (in no class folder" in warning
+
+
+# --------------------------------------------------------------------------------------------------------------- sides
+
+
+def test_icons_among_photographs(folder, tmp_path, patches):
+    for i, patch in enumerate(patches[:40]):
+        patch.resize((16, 16) if i > 4 else (200, 150)).save(folder / f"{i:02d}.png")
+    images = opened(folder, tmp_path, 32)
+    (note,) = notes(images)
+    assert "all images are stored at 16 px" in note and "5 of 40 in a sample are larger" in note
+    assert notes(opened(folder, tmp_path, 32)) == [note]  # from the cache too
+    assert not notes(opened(folder, tmp_path, 8))  # nothing is lost at this size
+    for i, patch in enumerate(patches[:40]):
+        patch.resize((300, 200 + i)).save(folder / f"{i:02d}.png")
+    assert not notes(opened(folder, tmp_path, 32))
+
+
+# ------------------------------------------------------------------------------------------------------------- classes
+
+
+def test_empty_folders_are_named_and_left_out(script, labelled):
+    shutil.rmtree(labelled / "unsup")
+    for name in ("unsup", "train/aaa", "train/.hidden", "val/ant"):
+        (labelled / name).mkdir()
+    note = "note: nothing is in train/aaa/, val/ant/, unsup/"
+    words = ("--data", labelled, *TINY)
+    end = script("train_pretext.py", *words, "--epochs", 1, "--batch-size", 8, "--out", "run")
+    assert end.status == 0 and note in end.out.splitlines() and "3 classes" in end.out, end.err
+    end = script("train_transfer.py", "run", "--mode", "knn", "--out", "knn")
+    assert end.status == 0 and note in end.out.splitlines(), end.err
+    end = script("inspect_data.py", labelled, *TINY)
+    assert end.status == 0 and note in end.out.splitlines(), end.err
+    for file in (labelled / "train" / "bee").iterdir():  # with images to test on, and none to train on
+        file.unlink()
+    end = script("train_transfer.py", "scratch", "--mode", "knn", *words, "--out", "other")
+    assert end.status == 2 and "no usable image in train/bee/; add some, or remove the class" in end.err
+
+
+def test_many_empty_folders_are_one_line(labelled, tmp_path):
+    for i in range(30):
+        (labelled / "train" / f"x{i:02d}").mkdir()
+    (note,) = notes(opened(labelled, tmp_path))
+    assert note == "note: nothing is in train/x00/, train/x01/, train/x02/, train/x03/, train/x04/ and 25 more"
+
+
+def test_a_single_class_is_said(script, labelled):
+    for split in ("train", "val"):
+        for name in ("ant", "cow"):
+            shutil.rmtree(labelled / split / name, ignore_errors=True)
+    end = script("train_transfer.py", "scratch", "--mode", "knn", "--data", labelled, *TINY, "--out", "knn")
+    assert end.status == 0 and "note: bee is the only class, with no other to tell it from" in end.out, end.err
+    assert "100.0%" in end.out
+
+
+def test_nested_classes_are_said(labelled, tmp_path):
+    for name in ("cat", "dog"):
+        (labelled / "train" / "ant" / name).mkdir()
+        shutil.copy(next((labelled / "train/bee").iterdir()), labelled / "train" / "ant" / name / "x.jpg")
+    images = opened(labelled, tmp_path)
+    assert images.listing.classes == ["ant", "bee", "cow"]
+    assert any("train/ant/cat/ is none" in note for note in notes(images))
+
+
+COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+
+
+def test_names_that_look_the_same(labelled, tmp_path):
+    (labelled / "train" / "bee").rename(labelled / "train" / COMPOSED)
+    (labelled / "val" / "bee").rename(labelled / "val" / DECOMPOSED)
+    with pytest.raises(UsageError, match="is a class that train/ does not have") as error:
+        list_data(str(labelled))
+    assert r"it looks like one, but is 'cafe\u0301', and not 'caf\xe9'" in str(error.value)
+    (labelled / "train" / "cow").rename(labelled / "train" / DECOMPOSED)
+    (labelled / "val" / "cow").rename(labelled / "val" / COMPOSED)
+    assert r"note: the classes 'cafe\u0301' and 'caf\xe9' look the same, and are two" in notes(
+        opened(labelled, tmp_path)
+    )
