@@ -19,7 +19,7 @@ from augment import generator, to_pixels
 from data import UNLABELLED, Images, list_data, open_images, workers
 from harness import command, ranks
 from harness.files import refuse_inside, unusable
-from harness.pictures import draw_mixtures, draw_sheet
+from harness.pictures import draw_mixtures, draw_sheet, legible
 from tasks import MixupTransform
 
 EACH = 6  # images of each class and split on the contact sheet
@@ -136,7 +136,9 @@ def contact_sheet(images: Images) -> Image.Image:
     parts = groups(images)
     each = EACH if len(parts) > 1 else EACH * 8
     chosen = [(caption, row) for caption, rows in parts.items() for row in rows[:: max(1, len(rows) // each)][:each]]
-    return draw_sheet(images.pixels[[row for _, row in chosen]], [caption for caption, _ in chosen], columns=EACH)
+    drawn = dict(zip(images.listing.classes, legible(images.listing.classes), strict=True))
+    captions = [(split, drawn.get(name, name)) for (split, name), _ in chosen]
+    return draw_sheet(images.pixels[[row for _, row in chosen]], captions, columns=EACH)
 
 
 def mixtures(images: Images, size: int, seed: int) -> Image.Image:

@@ -39,7 +39,7 @@ from harness.download import ARCHIVES
 from harness.errors import RunError, UsageError, ValueProblem
 from harness.files import write_json
 from harness.log import Log
-from harness.pictures import draw_kernels, draw_mixtures, draw_neighbours, draw_reliability
+from harness.pictures import draw_kernels, draw_mixtures, draw_neighbours, draw_reliability, legible
 from harness.ranks import RANK, RANKS
 from models import DECODERS, build_model, check_size
 from tasks import ACTIVATIONS, LOSSES, TASKS, LabelTask, MixupTransform, Question, WeightTask, divergence, settings_of
@@ -369,11 +369,12 @@ def look_inside(trainer: Trainer, val_loader: DataLoader, log: Log, size: int, e
         return
     images, rows = val_loader.dataset.images, val_loader.dataset.rows
     rows = rows[:: max(1, len(rows) // PROJECTED)][:PROJECTED]
-    names = [images.listing.classes[label] if label >= 0 else "" for label in images.labels[rows].tolist()]
+    both, labels = (images.listing.classes, legible(images.listing.classes)), images.labels[rows].tolist()
+    names, drawn = ([classes[label] if label >= 0 else "" for label in labels] for classes in both)
     encoder = trainer.model.encoder
     features = encode_images(encoder, images.pixels, rows, size, trainer.device, trainer.amp)
     log.histograms(trainer.model, epoch)
-    log.picture("val", "neighbours/validation", draw_neighbours(images.pixels[rows], features, names), epoch)
+    log.picture("val", "neighbours/validation", draw_neighbours(images.pixels[rows], features, drawn), epoch)
     kernels = next(p for p in encoder.parameters() if p.ndim == 4)
     log.picture("val", "neighbours/first layer", draw_kernels(kernels), epoch)
     if subrun:

@@ -32,7 +32,7 @@ from engine import AMP, DEVICES, choose_amp, choose_device, device_name
 from harness import checkpoint, command, files, folder, ranks
 from harness.errors import RunError, UsageError
 from harness.log import Log
-from harness.pictures import draw_confusion, draw_sheet
+from harness.pictures import draw_confusion, draw_sheet, legible
 from transfer import FIGURES, MODES, Answer, Labelled, Start, classify, open_labelled, open_starts
 
 MISTAKES = 24  # on the contact sheet
@@ -170,7 +170,7 @@ def log_curves(run: dict, log: Log) -> None:
 def draw(run: dict, data: Labelled, log: Log) -> None:
     """The pictures of a run, in TensorBoard."""
     answer, labels = Answer(**run["answer"]), data.images.labels[data.val]
-    classes, said, step = data.images.listing.classes, answer.all_classes, run["seed"]
+    classes, said, step = legible(data.images.listing.classes), answer.all_classes, run["seed"]
     log.picture(None, f"confusion/{run['start']}", draw_confusion(said, labels, classes), step)
     wrong = (said != labels).nonzero().squeeze(1)
     wrong = wrong[answer.confidence[wrong].argsort(descending=True)][:MISTAKES]

@@ -1,6 +1,7 @@
 """Pictures of mixtures, answers, classes and kernels, drawn with Pillow."""
 
 import math
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +17,13 @@ CLASSES, MOST_CONFUSED = 40, 30  # in a confusion matrix at most; so many of the
 SHEET_LINES = 40  # of a contact sheet, at most
 INK, PAPER, FAINT, TRUE, PREDICTED = (30, 30, 30), (255, 255, 255), (225, 225, 225), (150, 150, 150), (125, 180, 225)
 WRONG = (200, 40, 30)
+
+
+def legible(classes: Sequence[str]) -> list[str]:
+    """Names that can be drawn: the font has ASCII alone, so that of another name it takes what is ASCII, and its number
+    among the classes."""
+    plain = [unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().strip() for name in classes]
+    return [name if name.isascii() else f"{plain[i] or 'class'} {i}" for i, name in enumerate(classes)]
 
 
 def draw_mixtures(
@@ -93,7 +101,7 @@ def draw_confusion(predicted: torch.Tensor, labels: torch.Tensor, classes: list[
 
     predicted, labels  M int64, indices into `classes`. A cell has the per cent of its row; right ones are framed.
     """
-    shown, wrong = torch.arange(len(classes)), predicted != labels
+    shown, wrong, classes = torch.arange(len(classes)), predicted != labels, legible(classes)
     if len(classes) > CLASSES:
         confused = torch.cat([labels[wrong], predicted[wrong]]).bincount(minlength=len(classes))
         shown = confused.topk(MOST_CONFUSED).indices.sort().values

@@ -5,10 +5,13 @@ import shutil
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from data import list_data, open_images
 from harness.errors import UsageError
+from harness.pictures import draw_confusion, draw_sheet, legible
 
 TINY = ("--size", 8, "--data-dir", "decoded")
 
@@ -154,3 +157,30 @@ def test_names_that_look_the_same(labelled, tmp_path):
     assert r"note: the classes 'cafe\u0301' and 'caf\xe9' look the same, and are two" in notes(
         opened(labelled, tmp_path)
     )
+
+
+def test_names_that_the_font_lacks_are_drawn_as_numbers(script, labelled, monkeypatch):
+    assert legible(["ant", "网", "Kühe", "قطة", "ねこ cat"]) == ["ant", "class 1", "Kuhe 2", "class 3", "cat 4"]
+    labels = torch.arange(3)
+    pictures = [
+        np.asarray(draw_confusion(labels, labels, names)) for names in (list("网马鱼"), legible(list("网马鱼")))
+    ]
+    assert (pictures[0] == pictures[1]).all()
+
+    drawn = []
+    sheet = lambda images, captions, *rest, **options: drawn.extend(captions) or draw_sheet(images, captions)  # noqa: E731
+    monkeypatch.setattr("harness.pictures.draw_sheet", sheet)
+    for split in ("train", "val"):
+        (labelled / split / "bee").rename(labelled / split / "网")
+    words = ("--data", labelled, *TINY)
+    for command in (
+        ("inspect_data.py", labelled, *TINY),
+        ("train_pretext.py", *words, "--epochs", 1, "--batch-size", 8, "--out", "run"),
+        ("train_transfer.py", "scratch", "--mode", "knn", *words, "--out", "knn"),
+    ):
+        drawn.clear()
+        end = script(*command)
+        text = " ".join(line for caption in drawn for line in caption)
+        assert end.status == 0 and text.isascii() and "class 2" in text, (end.err, text)
+    assert "网" in Path("knn/predictions.csv").read_text(encoding="utf-8")
+    assert "网" in Path("run/before/00000/features/metadata.tsv").read_text(encoding="utf-8")
