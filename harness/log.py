@@ -81,6 +81,9 @@ class Log:
 
     def settings(self, settings: dict, final: dict[str, float], epoch: int) -> None:
         """A line in TensorBoard's table of runs: settings and final figures."""
+        for file in self.folder.glob("events.out.tfevents.*") if not RANK else ():
+            if b"_hparams_/" in file.read_bytes():  # of the run before it was resumed: TensorBoard shows the first
+                file.unlink()
         values = {name: v if isinstance(v, bool | int | float) else _as_utf8(str(v)) for name, v in settings.items()}
         figures = {f"summary/{name}": value for name, value in final.items()}
         self.writer().add_hparams(values, figures, run_name=".", global_step=epoch)
