@@ -81,6 +81,9 @@ def open_starts(args: argparse.Namespace) -> list[Start]:
     """The starts. What follows from them, data, encoder and size, is noted in `args`."""
     pretrained = {word: open_start(word) for word in args.starts if word != "scratch"}
     first = next(iter(pretrained.values()), Start("scratch", "conv", 32, "photos"))
+    if not args.data and os.path.isabs(first.data) and not os.path.isdir(first.data):
+        problem = f"--data {first.data}: no such folder; give a folder of images, or `photos`"
+        raise UsageError(f"the images that {first.name} learnt from are not there: {problem}")
     args.data, args.encoder, args.size = args.data or first.data, args.encoder or first.encoder, args.size or first.size
     shape = first.shape if args.encoder == first.encoder else {}
     scratch = Start("scratch", args.encoder, args.size, args.data, shape=shape, ranges=first.ranges)

@@ -120,7 +120,11 @@ def test_what_is_not_said_is_as_the_start_was_pretrained(transfer, labelled):
     assert (said["data"], said["size"], said["encoder"]) == (str(labelled), 24, "resnet18")
     shutil.rmtree(labelled)
     end, _ = transfer("run", "--mode", "knn", out="again")
-    assert end.status == 2 and f"--data {labelled}: no such folder; give a folder of images, or `photos`" in end.err
+    missing = f"--data {labelled}: no such folder; give a folder of images, or `photos`"
+    assert end.status == 2 and end.err.count("\n") == 1 and not Path("again").exists()
+    assert f"the images that run learnt from are not there: {missing}" in end.err
+    end, _ = transfer("run", "--mode", "knn", "--data", labelled, out="again")
+    assert end.status == 2 and end.err == f"train_transfer.py: {missing}\n"
 
 
 def test_names_that_are_no_text(transfer, labelled):
