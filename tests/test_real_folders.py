@@ -1,13 +1,19 @@
 """Folders as they are: some of it damaged, empty, nested, or named in other scripts."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from PIL import Image
 
 from data import list_data, open_images
 from harness.errors import UsageError
@@ -184,3 +190,39 @@ def test_names_that_the_font_lacks_are_drawn_as_numbers(script, labelled, monkey
         assert end.status == 0 and text.isascii() and "class 2" in text, (end.err, text)
     assert "网" in Path("knn/predictions.csv").read_text(encoding="utf-8")
     assert "网" in Path("run/before/00000/features/metadata.tsv").read_text(encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------- a thousand classes
+
+
+@pytest.fixture(scope="module")
+def thousand(tmp_path_factory):
+    """ImageNet's shape: 1,000 classes, each with five images to train on and one to test on."""
+    root, rng = tmp_path_factory.mktemp("thousand") / "images", np.random.default_rng(0)
+    for number in range(1000):
+        tint = rng.integers(0, 256, (4, 4, 3), np.uint8)
+        for i in range(6):
+            file = root / ("val" if i == 5 else "train") / f"n{number:08d}" / f"{i}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            noise = rng.integers(-20, 20, tint.shape)
+            Image.fromarray((tint + noise).clip(0, 255).astype(np.uint8)).resize((64, 64)).save(file)
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["knn", "linear", "probe"])
+def test_a_thousand_classes_in_two_gigabytes_and_two_minutes(thousand, tmp_path, mode):
+    words = ["scratch", "--mode", mode, "--data", thousand, "--data-dir", tmp_path / "data", "--out", tmp_path / "run"]
+    words = [sys.executable, ROOT / "train_transfer.py", *words]
+    with open(tmp_path / "log", "w") as log:
+        clock = time.monotonic()
+        run = subprocess.Popen([*map(str, words)], stdout=log, stderr=log)
+        _, status, used = os.wait4(run.pid, 0)
+        seconds = time.monotonic() - clock
+    text = (tmp_path / "log").read_text()
+    assert os.waitstatus_to_exitcode(status) == 0, text
+    assert used.ru_maxrss < 2e6 and seconds < 120, (used.ru_maxrss, seconds)  # kB
+    for row in json.loads((tmp_path / "run" / "summary.json").read_text()).values():
+        assert row["accuracy_mean"] > 0.1, text  # a hundred times as often as by chance
+    assert len((tmp_path / "run" / "predictions.csv").read_text().splitlines()) > 1000
+    print(mode, round(used.ru_maxrss / 1e3), "MB", round(seconds), "s")

@@ -1,20 +1,24 @@
 """Where a run was started: terminals that close, shells that ignore signals, logs, folders with spaces."""
 
+import contextlib
 import json
 import os
+import select
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from test_resume import CLOCKS, history, same, weights
 
 QUICK = ("--epochs", 3, "--size", 8, "--batch-size", 256)
-pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="of Unix")
+fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))  # of Unix
 
 
 @pytest.fixture
@@ -135,3 +139,79 @@ def test_a_run_goes_on_from_another_directory_with_its_data_moved(script, labell
     next(Path("smaller").rglob("*.jpg")).unlink()
     end = script("train_pretext.py", "--resume", "run", "--epochs", 3, "--data", "smaller")
     assert end.status == 2 and "the data is another" in end.err
+
+
+@contextlib.contextmanager
+def in_a_terminal(words, place):
+    """A command that runs in `place`, in a terminal of its own, which closes at the end of the block."""
+    ours, theirs = pty.openpty()
+
+    def take_it():
+        os.setsid()
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    def show():
+        while not closing.wait(0.02):
+            if select.select([ours], [], [], 0)[0]:
+                os.read(ours, 4096)
+
+    run = subprocess.Popen(words, cwd=place, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=take_it)
+    os.close(theirs)
+    closing = threading.Event()
+    shown = threading.Thread(target=show)
+    shown.start()
+    yield run
+    closing.set()
+    shown.join()
+    os.close(ours)
+
+
+@pytest.mark.slow
+def test_a_week_of_habits_changes_no_bit(folder, tmp_path):
+    """Started here, its terminal closed; resumed elsewhere with the images moved; a notice of SLURM's; resumed; killed;
+    resumed: the weights are those of a run that nothing happened to."""
+    places = [tmp_path / name for name in ("here", "else where", "third")]
+    for place in places:
+        place.mkdir()
+    folder.rename(places[0] / "images")
+    script, epochs = [sys.executable, str(ROOT / "train_pretext.py")], 40
+    options = ["--epochs", str(epochs), "--batch-size", "8", "--size", "8", "--inspect-every", "0"]
+    new = [*script, "--data", "images", *options, "--out"]
+    subprocess.run([*new, "undisturbed"], cwd=places[0], check=True, capture_output=True)
+
+    def epochs_done():
+        try:
+            return len((places[0] / "run" / "history.csv").read_text().splitlines()) - 1
+        except OSError:
+            return 0
+
+    def after(epoch, run):
+        end = time.monotonic() + 120
+        while epochs_done() < epoch:
+            assert time.monotonic() < end and run.poll() is None
+            time.sleep(0.01)
+        assert epochs_done() < epochs - 5
+
+    with in_a_terminal([*new, "run", "--checkpoint-every", "3"], places[0]) as run:
+        after(3, run)
+    assert run.wait(60) == 128 + signal.SIGHUP
+
+    (places[0] / "images").rename(places[1] / "moved images")
+    resume = [*script, "--resume", "../here/run"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    run = subprocess.Popen([*resume, "--data", "moved images", "--data-dir", "decoded"], cwd=places[1], **quiet)
+    after(9, run)
+    run.send_signal(signal.SIGUSR1)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGUSR1 and "go on with: python train_pretext.py --resume" in said
+
+    run = subprocess.Popen(resume, cwd=places[2], **quiet)  # it knows where the images are now
+    after(15, run)
+    run.kill()
+    run.communicate()
+    done = subprocess.run(resume, cwd=places[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    runs = [places[0] / name for name in ("run", "undisturbed")]
+    assert same(*map(weights, runs))
+    rows = [[{k: v for k, v in row.items() if k not in CLOCKS} for row in history(run)] for run in runs]
+    assert rows[0] == rows[1] and summary(runs[0])["val_loss"] == summary(runs[1])["val_loss"]
