@@ -79,6 +79,15 @@ def test_half_is_too_much_unless_it_is_allowed(script, folder, labelled):
     assert script("train_pretext.py", "--resume", "run", "--epochs", 2).status == 0
 
 
+def test_photographs_of_a_telephone_count_as_images(folder, tmp_path):
+    for i in range(50):
+        (folder / f"IMG_{i:04d}.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64))
+    with pytest.raises(
+        UsageError, match=r"50 of 90 images cannot be used, such as IMG_0000.HEIC \(HEIC; it is read once"
+    ):
+        opened(folder, tmp_path).skipped(allowed=False)
+
+
 def test_images_that_lie_elsewhere_count_as_skipped(labelled, tmp_path):
     (labelled / "unlabelled").mkdir()
     for i in range(6):
