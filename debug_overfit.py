@@ -1,6 +1,7 @@
 """Why does the network not learn? A ladder of checks, from the cheapest to the whole task overfit on a few examples.
 
-    python debug_overfit.py --n 8                          the ladder
+    python debug_overfit.py --own my_setup.py              a network of your own: docs/debugging.md
+    python debug_overfit.py --n 8                          the ladder of this project's networks
     python debug_overfit.py --decoder dot --loss mse       with your own choice of parts: the obvious version
     python debug_overfit.py --encoder resnet18 --pretrained
 
@@ -9,25 +10,25 @@ Exit status 0 if no check fails, 1 if one does: it is explained, and the ladder 
 
 import argparse
 import contextlib
-import textwrap
-from datetime import timedelta
+import runpy
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from augment import generator
+from checks import FAILED, LIBRARY, diagnose, report
 from data import get_dataloaders, open_pretext
 from engine import AMP, DEVICES, Trainer, choose_amp, choose_device, device_name
 from harness import command, folder, ranks
 from harness.download import ARCHIVES
-from harness.errors import UsageError, ValueProblem
+from harness.errors import UsageError, ValueProblem, describe
 from harness.files import write_json
 from harness.log import Log
-from ladder import CHECKS, FAILED, WARNING, Subject, climb
+from ladder import CHECKS, Subject, climb
 from models import DECODERS, build_model
 from tasks import ACTIVATIONS, LOSSES, TASKS, MixupTransform, settings_of
-
-MARKS = {"ok": "✓", WARNING: "!", FAILED: "✗"}
 
 
 def parse() -> argparse.Namespace:
@@ -35,6 +36,7 @@ def parse() -> argparse.Namespace:
     integer, switch = command.integer, argparse.BooleanOptionalAction
     parser = command.Parser(__doc__)
     parser.add_argument("--n", type=integer(3, 1024), default=8, help="examples to overfit")
+    parser.add_argument("--own", metavar="FILE", type=command.place, help="a file with your own setup()")
     add = parser.add_argument_group("images").add_argument
     names = ", ".join(ARCHIVES)
     add("--data", type=command.place, default="photos", help=f"`photos` (bundled), a folder, or {names}: fetched")
@@ -60,6 +62,8 @@ def parse() -> argparse.Namespace:
     add("--out", type=command.place, help="the run's folder (default: runs/debug-DATA-ENCODER-TIME)")
     add("--overwrite", action="store_true", help="replace the run that --out holds")
     args = parser.parse_args()
+    if args.own:
+        parser.refuse(vars(args).keys() - {"own", "n", "seed", "device"}, "is not for --own, whose file has the parts")
     if args.pretrained and args.encoder == "conv":
         raise UsageError("--pretrained needs an encoder of torchvision, such as --encoder resnet18")
     if args.candidates == "batch":
@@ -100,29 +104,33 @@ def assemble(args: argparse.Namespace, log: Log | None = None) -> Subject:
 
 
 def run_ladder(subject: Subject, place: Path) -> int:
-    """Climb, a line a check; explain the first that fails. Returns the exit status: 0 if none does, else 1."""
-    checks, total = [], 0.0
-    for number, name, result, seconds in climb(subject):
-        print(f"{MARKS[result.status]} {number:2} {name:13} {result.figure}   {seconds:.1f} s", flush=True)
-        checks.append({"check": name, "status": result.status, "figure": result.figure, "seconds": seconds})
-        total += seconds
-    write_json({"checks": checks, "seconds": total}, place / "summary.json")
-    if result.status == FAILED:
-        print("\n" + textwrap.fill(f"{name} failed. {result.why}", 116))
-        if skipped := list(CHECKS)[number + 1 :]:
-            print(f"Not run, since they build on it: {', '.join(skipped)}.")
-        return 1
-    warned = [check["check"] for check in checks if check["status"] == WARNING]
-    look_at = f"; look at {', '.join(warned)}" if warned else ""
-    print(f"\nNo check failed, in {timedelta(seconds=round(total))}{look_at}.")
+    """Climb, and keep what is found. Returns the exit status: 0 if no check fails, else 1."""
+    found = []
+    results = report((found.append(step) or step for step in climb(subject)), list(CHECKS))
+    checks = [{"check": n, "status": r.status, "figure": r.figure, "seconds": seconds} for _, n, r, seconds in found]
+    write_json({"checks": checks, "seconds": sum(check["seconds"] for check in checks)}, place / "summary.json")
     print(f"curves   tensorboard --logdir {place.parent}")
-    return 0
+    return int(any(result.status == FAILED for result in results.values()))
+
+
+def own_setup(file: str) -> Callable:
+    """The function setup() of somebody's file. Raises UsageError if there is none."""
+    sys.dont_write_bytecode = True  # nothing is left beside the file
+    sys.path.insert(0, str(Path(file).resolve().parent))
+    try:
+        return runpy.run_path(file)["setup"]
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"--own {file} gives no setup(): {describe(error, LIBRARY)}") from error
 
 
 def main() -> int:
     """Climb the ladder."""
     args = parse()
     ranks.refuse_several()
+    if args.own:
+        device = None if args.device == "auto" else choose_device(args.device)  # where setup() puts it
+        found = diagnose(own_setup(args.own), args.n, args.seed, device)
+        return int(any(result.status == FAILED for result in found.values()))
     place = folder.choose(args, "debug")
     subject = assemble(args)
     folder.make(place, args, device_name(choose_device(args.device)))

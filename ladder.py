@@ -1,27 +1,25 @@
-"""A ladder of checks, from the cheapest to the whole task, that finds out why a network does not learn.
+"""The ladder of checks, from the cheapest to the whole task, that finds out why this project's networks do not learn.
 
-Each check looks at a `Subject`, the pieces of a training run, and returns a `Result`.
+Each check looks at a `Subject`, the pieces of a training run, and yields what `checks.climb` expects.
 """
 
 import copy
 import hashlib
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
+import checks
 from augment import generator
+from checks import FAILED, OK, WARNING, Own, Result, matrices
 from data import Images
-from engine import Trainer, is_matrix, warm_up_norms
-from harness.errors import UsageError
+from engine import Trainer
 from harness.log import Log
 from tasks import LabelTask, Question, WeightTask, chance, divergence
 
-OK, WARNING, FAILED = "ok", "warning", "failed"
 STEPS = 300  # optimiser steps to overfit with, at most
 LOOK_EVERY = 10  # steps between two looks at the answers
 WEIGHT_MAE = 0.02  # mean weight error of an overfit network, at most
@@ -32,19 +30,6 @@ WIDE = 10.0  # standard deviation of the logits at the start from which a softma
 DEAD = 1e-3  # an example is dead when its gradient is below this share of that at an uninformed guess
 MOVES = (1e-4, 0.5)  # share of its size that a matrix moves by in one step
 NOISE_STEPS, NOISE_EXAMPLES = 60, 512
-
-
-class Result(NamedTuple):
-    """What a check found."""
-
-    status: str  # OK, WARNING or FAILED
-    figure: str  # the measured value against its bound
-    why: str = ""  # if it failed: what that means, the likely causes, what to change
-
-
-def failed(figure: str, why: str) -> Result:
-    """The result of a check that failed."""
-    return Result(FAILED, figure, why)
 
 
 @dataclass
@@ -68,28 +53,27 @@ class Subject:
         """The task's question about the examples, the same at every call."""
         return task(self.pixels, generator(self.seed))
 
-    def warmed_up(self) -> tuple[nn.Module, Question]:
-        """A fresh network in eval mode, its batch norm warmed up on a question about mixtures; and that question."""
-        question = self.question(self.make_task("mixup"))
-        model = self.make_model(None)
-        warm_up_norms(model, [question.inputs] * 30)
-        return model.eval(), question
+    def own(self) -> Own:
+        """Questions about mixtures, each with views of its own, as a setup for the checks that suit every network."""
+        q = self.question(task := self.make_task("mixup"))
+
+        def setup():
+            trainer = self.make_trainer(self.make_model(None), task, 1)
+
+            def loss(model, batch):
+                mixtures, views, weights = batch
+                rows = torch.arange(weights.numel(), device=weights.device).view_as(weights)
+                question = Question(mixtures, views.flatten(0, 1), rows, weights)
+                return task.score(trainer.logits(question), question)["loss"]
+
+            return trainer.model, loss, [(q.mixtures, q.asked[q.candidates], q.weights)], trainer.optimizer
+
+        return Own(setup)
 
 
 def climb(subject: Subject) -> Iterator[tuple[int, str, Result, float]]:
     """Run the checks in order, up to the first that fails: (number, name, result, seconds) as each ends."""
-    for number, (name, check) in enumerate(CHECKS.items()):
-        started = time.perf_counter()
-        try:
-            result = check(subject)
-        except UsageError:
-            raise
-        except Exception as error:  # noqa: BLE001  any error of the code under test is what the check found
-            what = f"{type(error).__name__}: {error}".splitlines()[0]
-            result = failed(what, f"The code under test stopped with an error: {what}")
-        yield number, name, result, time.perf_counter() - started
-        if result.status == FAILED:
-            return
+    return checks.climb(CHECKS, subject)
 
 
 def check_data(s: Subject) -> Result:
@@ -97,110 +81,68 @@ def check_data(s: Subject) -> Result:
     for split, loader, rows in (("training", s.train_loader, s.train), ("validation", s.val_loader, s.val)):
         if len(loader.dataset) != len(rows):
             why = "The data set's length is wrong. Likely: an off-by-one in __len__. Return the number of rows."
-            return failed(f"{split}: length {len(loader.dataset)}, usable images {len(rows)}", why)
+            return Result(FAILED, f"{split}: length {len(loader.dataset)}, usable images {len(rows)}", why)
     batch = next(iter(s.train_loader))
     side = s.images.pixels.shape[2]
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(map(torch.is_tensor, batch))):
         why = "The loop expects another batch. Likely: the collate yields ((x, ...), y) where (x, ..., y) is expected."
-        return failed(f"a batch is ({', '.join(type(part).__name__ for part in batch)}), not (images, labels)", why)
+        return Result(FAILED, f"a batch is ({', '.join(type(part).__name__ for part in batch)})", why)
     images, labels = batch
     if images.dtype != torch.uint8 or images.shape[1:] != (3, side, side) or labels.shape != (len(images),):
         why = f"A batch should be uint8 images B 3 {side} {side} and B labels. Likely: channels last, or floats."
-        return failed(f"images {tuple(images.shape)} {images.dtype}, labels {tuple(labels.shape)}", why)
+        return Result(FAILED, f"images {tuple(images.shape)} {images.dtype}, labels {tuple(labels.shape)}", why)
     std = s.make_task("mixup")(images, generator(s.seed)).asked.std().item()
     bounds = f"({LOW_STD} to {HIGH_STD})"
     if not LOW_STD < std < HIGH_STD:
         why = "Views are out of range. Likely: normalised twice, or not at all, or pixels of 0 to 255 taken for 0 to 1."
-        return failed(f"views have standard deviation {std:.2f} {bounds}", why)
+        return Result(FAILED, f"views have standard deviation {std:.2f} {bounds}", why)
     for (path, split, _), label in zip(s.images.listing.entries, s.images.labels.tolist(), strict=True):
         if split != "unsup" and (name := s.images.listing.classes[label]) != path.split("/")[1]:
             why = f"Labels of {split}/ are not the class indices of train/. Likely: a split with some of the classes "
             why += "was renumbered from 0. Take the indices from train/ by name, in every split."
-            return failed(f"{path} has the label of {name!r}", why)
+            return Result(FAILED, f"{path} has the label of {name!r}", why)
     digests = [hashlib.blake2b(image).digest() for image in s.images.pixels]
     trained, held_out = {digests[row] for row in s.train}, [*s.val, *s.images.rows("val")]
     shared = sum(digests[row] in trained for row in held_out)
     if shared > 0.01 * len(held_out):
         why = "Validation measures how well the network remembers. Likely: files in two folders. Remove the copies."
-        return failed(f"{shared} of {len(held_out)} validation images are in training too (at most 1%)", why)
+        return Result(FAILED, f"{shared} of {len(held_out)} validation images are in training too (at most 1%)", why)
     figure = f"{len(s.train)} + {len(s.val)} images, views' std {std:.2f} {bounds}, {shared} shared"
     return Result(WARNING if shared else OK, figure)
 
 
-def check_weights(s: Subject) -> Result:
+def check_weights(s: Subject) -> Iterator[tuple]:
     """k weights are not zero, they sum to one, and the mixture is the weighted sum of the pixels of its sources."""
     task = s.make_task("mixup", views=False)
     q = s.question(task)
     counts, sums = (q.weights > 0).sum(dim=1), q.weights.sum(dim=1)
-    if (counts != task.sources).any() or (sums - 1).abs().max() > 1e-4:
-        why = "The answer is not a set of weights of the sources that sums to one."
-        found = f"{counts.min()} to {counts.max()} weights ({task.sources}), sums {sums.min():.3f} to {sums.max():.3f}"
-        return failed(f"{found} (1)", why)
+    found = f"{counts.min()} to {counts.max()} weights ({task.sources}), sums {sums.min():.3f} to {sums.max():.3f} (1)"
+    why = "The answer is not a set of weights of the sources that sums to one."
+    yield (counts != task.sources).any() or (sums - 1).abs().max() > 1e-4, found, why
     mix = lambda weights: torch.einsum("bn,bnchw->bchw", weights, q.asked[q.candidates])  # noqa: E731
     off = (mix(q.weights) - q.mixtures).abs().max()
-    if off < CLOSE:
-        return Result(OK, f"{task.sources} weights, sum 1, mixture off by {off:.0e} (below {CLOSE:.0e})")
     places = q.weights.argsort(dim=1, descending=True)[:, : task.sources]
     swapped = q.weights.clone().scatter_(1, places, q.weights.gather(1, places.flip(1)))
     why = "The answers do not belong to the questions. Likely: labels shuffled, or sorted, apart from the images."
     if (mix(swapped) - q.mixtures).abs().max() < CLOSE:
         why = "The sources stand in another order than their weights: with the weights swapped, the mixture fits."
-    return failed(f"mixture off by {off:.2f} from the weighted sum (below {CLOSE})", why)
+    yield off >= CLOSE, f"{task.sources} weights, sum 1, mixture off by {off:.0e} (below {CLOSE:.0e})", why
 
 
-def check_alignment(s: Subject) -> Result:
+def check_alignment(s: Subject) -> Iterator[tuple]:
     """Permuting the candidates permutes the predictions in the same way."""
-    model, q = s.warmed_up()
+    model, q = s.make_model(None).eval(), s.question(s.make_task("mixup"))
     order = torch.arange(q.candidates.shape[1], device=q.candidates.device).roll(1)
     with torch.no_grad():
-        straight = model(*q.inputs)
+        straight = model(*q.inputs)[:, order]
         permuted = model(q.mixtures, q.asked, q.candidates[:, order])
     why = "Prediction i is not about candidate i. Likely: (B * n, ...) read as (n, B, ...), so that examples swap "
     why += "candidates; or a layer that knows a candidate's place."
-    return _same(straight[:, order], permuted, why)
+    off = ((straight - permuted).abs().max() / straight.abs().max().clamp(min=1e-12)).item()
+    yield off >= CLOSE, f"off by {off:.0e} of the largest logit (below {CLOSE:.0e})", why
 
 
-def check_leak(s: Subject) -> Result:
-    """An example's prediction has no gradient with respect to the inputs of other examples (eval mode)."""
-    model, q = s.warmed_up()
-    mixtures, asked = q.mixtures.clone().requires_grad_(), q.asked.clone().requires_grad_()
-    logits = model(mixtures, asked, q.candidates)
-    # Different factors, since some decoders' logits have a sum that never changes.
-    (logits[0] * torch.arange(1.0, logits.shape[1] + 1, device=logits.device)).sum().backward()
-    own = max(mixtures.grad[0].abs().max(), asked.grad[q.candidates[0]].abs().max()).item()
-    other_views = torch.ones(len(asked), dtype=torch.bool, device=asked.device)
-    other_views[q.candidates[0]] = False
-    rest = [mixtures.grad[1:], asked.grad[other_views]]
-    leak = max(part.abs().max().item() for part in rest if len(part)) / max(own, 1e-30)
-    if leak < 1e-5:
-        return Result(OK, f"gradient from other examples {leak:.0e} of its own (below 1e-05)")
-    why = "The answer to one example depends on others. Likely: normalisation with the batch's own statistics in eval "
-    why += "mode, for example over the candidates; or a reshape that mixes examples."
-    return failed(f"gradient from other examples {leak:.1e} of its own (below 1e-05)", why)
-
-
-def check_single(s: Subject) -> Result:
-    """A batch of one gets the same answer as the same example in a batch (eval mode)."""
-    model, q = s.warmed_up()
-    with torch.no_grad():
-        together = model(*q.inputs)
-        some = range(min(8, len(q.mixtures)))
-        alone = [model(q.mixtures[i : i + 1], q.asked, q.candidates[i : i + 1]) for i in some]
-    if alone[0].shape != (1, together.shape[1]):
-        why = "A batch of one loses an axis. Likely: squeeze() without an axis. Name the axis: squeeze(2)."
-        return failed(f"logits of shape {tuple(alone[0].shape)}, not {(1, together.shape[1])}", why)
-    why = "One example alone gets another answer than in a batch. Likely: statistics of the batch in eval mode."
-    return _same(together[: len(alone)], torch.cat(alone), why)
-
-
-def _same(a: torch.Tensor, b: torch.Tensor, why: str) -> Result:
-    off = ((a - b).abs().max() / a.abs().max().clamp(min=1e-12)).item()
-    if off < CLOSE:
-        return Result(OK, f"off by {off:.0e} of the largest logit (below {CLOSE:.0e})")
-    return failed(f"off by {off:.2f} of the largest logit (below {CLOSE})", why)
-
-
-def check_start(s: Subject) -> Result:
+def check_start(s: Subject) -> Iterator[tuple]:
     """The loss has the right value for known answers, and the first logits are not saturated with no gradient."""
     task = s.make_task("mixup")
     q = s.question(task)
@@ -209,22 +151,19 @@ def check_start(s: Subject) -> Result:
     perfect = loss(task.logits_of(w.clamp(1e-6, 1 - 1e-6))).item()
     uninformed = task.logits_of(torch.full_like(w, 1 / n))
     formula = (w - 1 / n).square() if task.loss == "mse" else divergence(uninformed, w, task.activation)
-    formula = formula.mean().item()
-    guessed = loss(uninformed).item()
+    formula, guessed = formula.mean().item(), loss(uninformed).item()
     logits = task.logits_of((w + 0.3) / (1 + 0.3 * n))
     rows = zip(logits.split(1), q.candidates.split(1), w.split(1), strict=True)
-    one_by_one = sum(loss(row, q._replace(candidates=c, weights=own)).item() for row, c, own in rows) / len(w)
+    alone = sum(loss(row, q._replace(candidates=c, weights=own)).item() for row, c, own in rows) / len(w)
     together = loss(logits).item()
-    figure = f"loss {perfect:.3f} for the right answer (0), {guessed:.3g} for a guess ({formula:.3g})"
-    if abs(one_by_one - together) > 0.01 * formula:
-        why = "An example's loss depends on the others. Likely: a softmax over the batch (dim=0), not the candidates."
-        return failed(f"loss {together:.3f} of a batch, {one_by_one:.3f} of its examples one by one (the same)", why)
-    if abs(perfect) > 0.05 * formula:
-        why = "Even the right answer has a loss. Likely: the activation applied twice, in the model and in the loss."
-        return failed(figure, why)
-    if abs(guessed - formula) > 0.05 * formula:
-        why = "The loss is not on its scale, nor is its gradient. Likely: averaged more than once (candidates, pixels, "
-        return failed(figure, f"{why}batch). Sum over the candidates, average over the batch, once.")
+    why = "An example's loss depends on the others. Likely: a softmax over the batch (dim=0), not the candidates."
+    found = f"loss {together:.3f} of a batch, {alone:.3f} of its examples one by one (the same)"
+    yield abs(alone - together) > 0.01 * formula, found, why
+    found = f"loss {perfect:.3f} for the right answer (0), {guessed:.3g} for a guess ({formula:.3g})"
+    why = "Even the right answer has a loss. Likely: the activation applied twice, in the model and in the loss."
+    yield abs(perfect) > 0.05 * formula, found, why
+    why = "The loss is not on its scale, nor is its gradient. Likely: averaged more than once. "
+    yield abs(guessed - formula) > 0.05 * formula, found, f"{why}Sum over the candidates, average over the batch."
     logits = s.make_model(None).train()(*q.inputs)
     first, spread = loss(logits).item(), logits.std().item()
     predicted = task.predict(logits.detach())
@@ -233,62 +172,33 @@ def check_start(s: Subject) -> Result:
     blank = uninformed.clone().requires_grad_()
     (reference,) = torch.autograd.grad(loss(blank), blank)
     dead = (gradient.norm(dim=1) < DEAD * reference.norm(dim=1)).float().mean().item()
-    figure = f"loss {first:.3g} (guess {guessed:.3g}), logits' std {spread:.2g} (below {WIDE:g}), "
-    figure += f"{saturated:.0%} saturated"
-    if dead >= 0.5:
-        why = "The network is dead on arrival: its first logits saturate the activation, through which a squared error "
-        why += "passes nothing back. Likely: an unscaled dot product. Use --decoder cosine or ridge, or at least "
-        why += "--loss kl, whose gradient survives."
-        return failed(f"{figure}, {dead:.0%} of the examples pass back no gradient (below 50%)", why)
-    return Result(WARNING if spread > WIDE or first > 10 * guessed else OK, figure)
+    found = f"loss {first:.3g} (guess {guessed:.3g}), logits' std {spread:.2g} (below {WIDE:g})"
+    found += f", {saturated:.0%} saturated"
+    why = "The network is dead on arrival: its first logits saturate the activation, through which a squared error "
+    why += "passes nothing back. Likely: an unscaled dot product. Use --decoder cosine or ridge, or at least "
+    why += "--loss kl, whose gradient survives."
+    yield dead >= 0.5, f"{found}, {dead:.0%} of the examples pass back no gradient (below 50%)", why
+    yield WARNING if spread > WIDE or first > 10 * guessed else OK, found, ""
 
 
-def check_gradient(s: Subject) -> Result:
-    """Every parameter gets a finite gradient, and no matrix's or kernel's is all zero (a bias's may be)."""
-    task = s.make_task("mixup")
-    model = s.make_model(None)
-    trainer = s.make_trainer(model, task, 1)
-    model.train()
-    task.score(trainer.logits(s.question(task)), s.question(task))["loss"].backward()
-    named = dict(model.named_parameters())
-    if frozen := [name for name, p in named.items() if not p.requires_grad]:
-        why = "A part of the network is frozen. Likely: requires_grad_(False), or a forward pass under no_grad."
-        count = f"{len(frozen)} of {len(named)} parameters"
-        return failed(f"{count} do not ask for a gradient (0), {frozen[0]} the first", why)
-    ids = {id(p) for p in named.values()}
-    if stale := sum(id(p) not in ids for group in trainer.optimizer.param_groups for p in group["params"]):
-        why = "The optimiser moves a stale copy: the forward pass uses another copy of a module. Likely: a module "
-        why += "replaced or copied after the optimiser was made. Make the optimiser last."
-        return failed(f"{stale} of the optimiser's parameters are not the network's (0)", why)
-    for name, p in named.items():
-        bad = "none" if p.grad is None else "not finite" if not p.grad.isfinite().all() else None
-        if bad or (is_matrix(p) and not p.grad.any()):
-            why = "A layer gets no usable gradient. Likely: it is not used in the forward pass, it is detached, or it "
-            return failed(f"gradient of {name}: {bad or 'all zero'}", f"{why}is saturated or switched off by a ReLU.")
-    smallest = min(p.grad.norm().item() for p in named.values() if is_matrix(p))
-    return Result(OK, f"{len(named)} gradients, finite, the smallest {smallest:.0e} (above 0)")
-
-
-def check_step(s: Subject) -> Result:
+def check_step(s: Subject) -> Iterator[tuple]:
     """Every matrix or kernel moves in one optimiser step, by a sane share of its size."""
     task = s.make_task("mixup")
     model = s.make_model(None)
     trainer = s.make_trainer(model, task, 1)
-    before = copy.deepcopy({name: p.detach() for name, p in model.named_parameters() if is_matrix(p)})
+    before = copy.deepcopy(matrices(model))
     model.train()
     trainer.step(s.question(task), 0)
-    after = dict(model.named_parameters())
-    moved = {name: ((after[name].detach() - p).norm() / p.norm()).item() for name, p in before.items()}
+    after = matrices(model)
+    moved = {name: ((after[name] - p).norm() / p.norm()).item() for name, p in before.items()}
     low, high = min(moved, key=moved.get), max(moved, key=moved.get)
+    still = [name for name, share in moved.items() if share == 0]
+    why = "A part of the network is not optimised. Likely: the optimiser was given the decoder's parameters alone."
+    yield still, f"{len(still)} of {len(moved)} matrices do not move, {[*still, low][0]} the first", why
     figure = f"matrices move by {moved[low]:.1e} to {moved[high]:.1e} of their size ({MOVES[0]:.0e} to {MOVES[1]})"
-    if still := [name for name, share in moved.items() if share == 0]:
-        why = "A part of the network is not optimised. Likely: the optimiser was given the decoder's parameters alone."
-        return failed(f"{len(still)} of {len(moved)} matrices do not move, {still[0]} the first", why)
-    if moved[low] < MOVES[0]:
-        return failed(figure, f"The steps are too small to get anywhere. Raise --lr (it is {trainer.lr:g}).")
-    if moved[high] > MOVES[1]:
-        return failed(figure, f"One step overwrites what was there. Lower --lr (it is {trainer.lr:g}).")
-    return Result(OK, figure)
+    why = f"The steps are too small to get anywhere. Raise --lr (it is {trainer.lr:g})."
+    yield moved[low] < MOVES[0], figure, why
+    yield moved[high] > MOVES[1], figure, f"One step overwrites what was there. Lower --lr (it is {trainer.lr:g})."
 
 
 def overfit(s: Subject, name: str, task: WeightTask | LabelTask, bound: float) -> tuple[bool, str, int]:
@@ -310,27 +220,26 @@ def overfit(s: Subject, name: str, task: WeightTask | LabelTask, bound: float) -
     return right == 1 and error < bound, f"{right:.0%} right (100%){weights} after {step} steps", step
 
 
-def check_easy(s: Subject) -> Result:
+def check_easy(s: Subject) -> Iterator[tuple]:
     """Scale, duplicate and quadrant are overfit: one needs an eye for contrast, one for sameness, one for content."""
     taken = []
     for name in ("scale", "duplicate", "quadrant"):
         learnt, figures, steps = overfit(s, name, s.make_task(name), EASY_WEIGHT_MAE)
         taken.append(f"{name} {steps}")
-        if not learnt:
-            why = f"The network cannot overfit even the {name} task. Likely: a learning rate that is off by a factor "
-            return failed(f"{name}: {figures}", f"{why}of ten, or an encoder that throws away what the task needs.")
-    return Result(OK, f"overfit after {', '.join(taken)} steps (at most {STEPS})")
+        why = f"The network cannot overfit even the {name} task. Likely: a learning rate that is off by a factor of "
+        yield not learnt, f"{name}: {figures}", f"{why}ten, or an encoder that throws away what the task needs."
+    yield OK, f"overfit after {', '.join(taken)} steps (at most {STEPS})", ""
 
 
-def check_task(s: Subject) -> Result:
+def check_task(s: Subject) -> Iterator[tuple]:
     """The user's own task is overfit."""
     learnt, figures, _ = overfit(s, "overfit", s.make_task(s.task), WEIGHT_MAE)
     why = "Every part works, and the task itself is not overfit. Likely: a decoder that cannot express the answer (try "
     why += "--decoder ridge), a learning rate that is off (try a third, and thrice), or too many examples."
-    return Result(OK, figures) if learnt else failed(figures, why)
+    yield not learnt, figures, why
 
 
-def check_control(s: Subject) -> Result:
+def check_control(s: Subject) -> Iterator[tuple]:
     """With noise in place of the images, drawn anew each step, fresh noise is answered no better than by chance."""
     task = s.make_task(s.task)
     model = s.make_model(task.classes)
@@ -354,12 +263,12 @@ def check_control(s: Subject) -> Result:
     figure = f"{accuracy:.1%} right on fresh noise (chance {expected:.1%} ± {margin:.1%})"
     why = "The answer leaks: it can be told without looking at the images. Likely: candidates that are not shuffled, "
     why += "or features of the answer among the inputs."
-    return Result(OK, figure) if abs(accuracy - expected) <= margin else failed(figure, why)
+    yield abs(accuracy - expected) > margin, figure, why
 
 
-CHECKS: dict[str, Callable[[Subject], Result]] = {
-    "data": check_data, "weights": check_weights,  # inputs
-    "alignment": check_alignment, "leak": check_leak, "batch of one": check_single,  # answers
-    "start": check_start, "gradient": check_gradient, "step": check_step,  # the start of learning
+CHECKS: dict[str, Callable[[Subject], Result | Iterator[tuple]]] = {
+    "data": check_data, "weights": check_weights, "alignment": check_alignment,  # the question
+    "leak": lambda s: checks.check_examples(s.own()), "batch of one": lambda s: checks.check_examples(s.own(), True),
+    "start": check_start, "gradient": lambda s: checks.check_gradient(s.own()), "step": check_step,
     "easy tasks": check_easy, "the task": check_task, "control": check_control,  # learning
 }  # fmt: skip

@@ -1,4 +1,8 @@
-"""Exceptions that end a command with one line for the user."""
+"""Exceptions that end a command with one line for the user, and other people's errors in one line."""
+
+import linecache
+import os
+import traceback
 
 
 class UsageError(ValueError):
@@ -23,3 +27,15 @@ class RunError(RuntimeError):
     def __init__(self, message: str, signal: int | None = None):
         super().__init__(message)
         self.status = 128 + signal if signal else 1
+
+
+def place(file: str, line: int) -> str:
+    """A line of a file in a person's words."""
+    return f" ({os.path.basename(file)}, line {line}: `{linecache.getline(file, line).strip()}`)"
+
+
+def describe(error: BaseException, skip: tuple[str, ...]) -> str:
+    """Somebody's error in one line, with the last line it came through that is not in a file that `skip` begins."""
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(skip)]
+    where = place(own[-1].filename, own[-1].lineno) if own else ""
+    return f"{type(error).__name__}: {error}".splitlines()[0] + where
