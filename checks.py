@@ -3,29 +3,23 @@
 import contextlib
 import itertools
 import math
-import os
-import random
-import sys
 import textwrap
 import time
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
 
-import numpy as np
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
-from harness.errors import UsageError, describe, place
+from harness.errors import UsageError, describe
+from own import LIBRARY, Call, Own, tensors
 
 OK, WARNING, FAILED, SKIPPED = "ok", "warning", "failed", "skipped"
 MARKS = {OK: "✓", WARNING: "!", FAILED: "✗", SKIPPED: "–"}
-LOOKED, STEPS, FEWEST, SECONDS = 8, 300, 60, 8.0  # batches looked at; steps to overfit with, and seconds for them
+STEPS, FEWEST, SECONDS = 300, 60, 8.0  # steps to overfit with, too few of them, and seconds for them
 TINY, LARGE = 0.02, 10.0  # numbers that enter a first layer: it is made for about 1, and pixels of 0 to 255 have 130
 CLOSE = 1e-4  # what should be the same may differ by this share of the largest; rounding makes 1e-6
 FULL = 0.8  # share of a layer that is dead or saturated, beyond which next to nothing passes
-LIBRARY = (os.path.dirname(torch.__file__), __file__, "<")  # beginnings of the names of files that nobody here wrote
 LAYOUT = ("view", "unsafeview", "reshape", "squeeze", "unsqueeze", "transpose", "permute", "select", "slice", "clone")
 LOSSES = {"cross_entropy", "nll_loss", "kl_div", "binary_cross_entropy", "binary_cross_entropy_with_logits"}
 ERRORS = {"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "sub", "rsub", "__sub__", "__rsub__"}
@@ -35,8 +29,6 @@ LAYERS = {*SEQUENCES, "linear", "matmul", "conv1d", "conv2d", "conv3d"}
 CUTS = ("detach", "data", "numpy", "item", "tolist", "tensor", "argmax", "one_hot")
 MOODS = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)  # what training mode is for
 Result = namedtuple("Result", "status figure why", defaults=[""])  # figure: measured (bound); why: if it failed
-Pieces = namedtuple("Pieces", "model loss batches optimizer step", defaults=[None])  # what a setup returns
-Call = namedtuple("Call", "name args kwargs out tensors line grad")  # tensors: those among the arguments
 
 
 def climb(checks: dict[str, Callable], subject: object) -> Iterator[tuple[int, str, Result, float]]:
@@ -77,97 +69,6 @@ def report(found: Iterable[tuple[int, str, Result, float]], names: list[str]) ->
     else:
         print(f"\nNo check failed, in {total:.0f} s.")
     return results
-
-
-def tensors(*values: object) -> list[torch.Tensor]:
-    """The tensors in nested tuples, lists and dictionaries."""
-    return [leaf for leaf in pytree.tree_leaves(values) if torch.is_tensor(leaf)]
-
-
-class Trace(TorchFunctionMode):
-    """Inside the block, every torch function is recorded in `calls`, with the person's own line that calls it."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        name = "data" if function == torch.Tensor.data.__get__ else getattr(function, "__name__", "__get__")
-        if name != "__get__":  # not a shape or a device
-            frame = sys._getframe(1)
-            while frame.f_back and frame.f_code.co_filename.startswith(LIBRARY):
-                frame = frame.f_back
-            line, grad = place(frame.f_code.co_filename, frame.f_lineno), torch.is_grad_enabled()
-            self.calls.append(Call(name, args, kwargs or {}, out, tensors(args, kwargs), line, grad))
-        return out
-
-
-class Own:
-    """Somebody's own setup. Raises UsageError if it cannot be used."""
-
-    def __init__(self, setup: Callable, n: int = 8, seed: int = 0, device: str | torch.device | None = None):
-        self.setup, self.seed, self.device, self.heard, self.raw = setup, seed, device, [], None
-        self.device = next(self.fresh().model.parameters()).device
-        if not self.raw:
-            raise UsageError("batches is empty; give one batch or more")
-        self.batches = [self.copy(batch) for batch in self.raw]
-        self.batch = self.few = self.batches[0]
-        lengths = {leaf.shape[0] for leaf in tensors(self.batch) if leaf.ndim}
-        self.size = lengths.pop() if len(lengths) == 1 else 0  # examples in it, if that can be told
-        others = {length for leaf in tensors(self.batch) for length in leaf.shape[1:]}
-        self.n = next((k for k in range(min(n, self.size), 1, -1) if k not in others), 0)  # like no other dimension
-        if self.n:
-            self.few = self.copy(self.batch, [i * self.size // self.n for i in range(self.n)], self.size)
-
-    def fresh(self, seed: int = 0) -> Pieces:
-        """New pieces, the same at each call with the same seed. What the model gets and gives is kept in `heard`."""
-        torch.manual_seed(self.seed + seed)
-        try:
-            parts = self.setup()
-            fits = isinstance(parts, tuple) and len(parts) in (4, 5) and isinstance(parts[0], nn.Module)
-            if fits and self.raw is None:
-                self.raw = list(itertools.islice(parts[2], LOOKED))
-                self.changes = self.differs(getattr(parts[2], "dataset", None))
-        except (Exception, SystemExit) as error:
-            raise UsageError(f"setup(), or its batches, stopped with {describe(error, LIBRARY)}") from error
-        if not fits:
-            raise UsageError("setup() has to return (model, loss, batches, optimizer), or these and step")
-        if not list(parts[0].parameters()):
-            raise UsageError("the model has no parameters; are its layers in a Python list?")
-        parts[0].to(self.device).register_forward_hook(lambda _, x, y: self.heard.append((tensors(x), tensors(y))))
-        return Pieces(*parts)
-
-    def differs(self, dataset: object) -> bool:
-        """Whether a data set gives another first example when it is asked again, with the same random numbers."""
-        if not hasattr(dataset, "__getitem__"):
-            return False
-        state, np_state, seen = random.getstate(), np.random.get_state(), []
-        for _ in range(2):
-            torch.manual_seed(0), random.seed(0), np.random.seed(0)
-            seen.append(self.copy(tensors(dataset[0])))
-        random.setstate(state), np.random.set_state(np_state)
-        return not all(map(torch.equal, *seen))
-
-    def copy(self, batch: object, rows: list[int] | None = None, size: int = -1) -> object:
-        """A copy of a batch, or of some of its `size` examples, on the model's device."""
-        pick = lambda x: (x[rows] if x.shape[:1] == (size,) else x).detach().to(self.device, copy=True)  # noqa: E731
-        return pytree.tree_map_only(torch.Tensor, pick, batch)
-
-    def ask(self, p: Pieces, batch: object, train: bool = False, seed: int = 0) -> Trace:
-        """Call the loss, always with the same random numbers. The model's mode stays as it is."""
-        mode, trace, self.heard = p.model.training, Trace(), []
-        trace.calls = []
-        with torch.random.fork_rng(), trace:
-            torch.manual_seed(self.seed + seed)
-            trace.loss = p.loss(p.model.train(train), self.copy(batch))
-            trace.random = torch.get_rng_state()
-        p.model.train(mode)
-        if not torch.is_tensor(trace.loss) or trace.loss.numel() != 1:
-            raise UsageError(f"loss(model, batch) returned {trace.loss}, not a tensor of one number".replace("\n", ""))
-        trace.inputs, trace.outs = self.heard[0] if len(self.heard) == 1 else ([], [])
-        return trace
-
-    def measure(self, p: Pieces, batch: object, train: bool = False) -> float:
-        """The loss alone."""
-        with torch.no_grad():
-            return self.ask(p, batch, train).loss.item()
 
 
 def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -240,6 +141,9 @@ def misuse(call: Call, size: int) -> Iterator[tuple]:
     rows = x.detach().movedim(min(1, x.ndim - 1) if name != "kl_div" else -1, -1)
     bad = end in ENDS or "dropout" in end or rows.min() >= 0 and (rows.sum(-1) - 1).abs().max() < 1e-3
     why = f"{name} has its own softmax or sigmoid: leave out the {end or 'softmax'} before it."
+    why = (
+        f"{name} takes scores of any size and sign: leave out the {end} before it." if end in ("relu", "tanh") else why
+    )
     yield bad and name in ("cross_entropy", "binary_cross_entropy_with_logits"), f"{name} of answers of {end}", why
     bad = name in ("nll_loss", "kl_div") and (rows.logsumexp(-1).abs() > 1e-2).any()
     yield bad, f"{name} of answers of {end}", f"{name} wants logarithms: use log_softmax over the classes."

@@ -14,10 +14,11 @@ from torch import nn
 
 import checks
 from augment import generator
-from checks import FAILED, OK, WARNING, Own, Result, matrices
+from checks import FAILED, OK, WARNING, Result, matrices
 from data import Images
 from engine import Trainer
 from harness.log import Log
+from own import Own
 from tasks import LabelTask, Question, WeightTask, chance, divergence
 
 STEPS = 300  # optimiser steps to overfit with, at most

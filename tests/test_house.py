@@ -12,6 +12,7 @@ ORDER = [  # a module may import those of the groups below its own
     {"engine"},
     {"data", "tasks", "models"},
     {"augment", "checks"},  # checks know nothing of what is below the ladder, either
+    {"own"},
     {"harness"},
 ]
 MODULES = sorted(path for place in (ROOT, ROOT / "harness") for path in place.glob("*.py"))
