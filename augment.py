@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-MEAN = torch.tensor([0.485, 0.456, 0.406])  # of ImageNet, which pretrained encoders expect
+MEAN = torch.tensor([0.485, 0.456, 0.406])  # of ImageNet
 STD = torch.tensor([0.229, 0.224, 0.225])
 GREY = torch.tensor([0.299, 0.587, 0.114])  # luma, ITU-R BT.601
 TO_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
@@ -32,6 +32,11 @@ CROP_ASPECT = (3 / 4, 4 / 3)  # width / height of the crop
 BRIGHTNESS = CONTRAST = SATURATION = 0.4  # factors drawn from 1 ± this
 HUE = 0.1  # turn of the hue circle, ±
 GREY_SHARE = 0.1  # share of views without colour
+LOW, HIGH = torch.tensor([  # the ends of what `draw_views` draws: 10
+    (CROP, 1), tuple(map(math.log, CROP_ASPECT)), (0, 1), (0, 1), (0, 1),  # area, aspect, left, top, flip
+    *((1 - spread, 1 + spread) for spread in (BRIGHTNESS, CONTRAST, SATURATION)),
+    (-2 * math.pi * HUE, 2 * math.pi * HUE), (0, 1),  # hue, grey
+]).T  # fmt: skip
 
 
 def seed_of(*key: int) -> int:
@@ -78,16 +83,14 @@ def _centres(count: int, device: torch.device) -> torch.Tensor:
     return ((torch.arange(count) + 0.5) / count).to(device)
 
 
-def augment(images: torch.Tensor, size: int, rng: torch.Generator, crop: float = CROP) -> torch.Tensor:
-    """Random views of a batch, crop, flip, colour, drawn per image; normalised: B 3 H H uint8 -> B 3 S S, S = size.
-    `crop` is the smallest share of the image that a view shows, in (0, 1]."""
-    return make_views(images, size, send([draw_views(len(images), rng, crop)], images.device)[0])[0]
+def augment(images: torch.Tensor, size: int, rng: torch.Generator) -> torch.Tensor:
+    """Random views of a batch, crop, flip, colour, drawn per image; normalised: B 3 H H uint8 -> B 3 S S, S = size."""
+    return make_views(images, size, send([draw_views(len(images), rng)], images.device)[0])[0]
 
 
-def draw_views(count: int, rng: torch.Generator, crop: float = CROP) -> torch.Tensor:
+def draw_views(count: int, rng: torch.Generator) -> torch.Tensor:
     """Draw what `augment` varies, for `count` views, on the CPU: a table for `make_views`."""
-    low, high = _ranges(crop)
-    draws = low + (high - low) * torch.rand(count, 10, generator=rng)
+    draws = LOW + (HIGH - LOW) * torch.rand(count, 10, generator=rng)
     area, aspect, left, top, flip, brightness, contrast, saturation, turn, grey = draws.unbind(1)
     aspect = aspect.exp()
     width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
@@ -98,14 +101,6 @@ def draw_views(count: int, rng: torch.Generator, crop: float = CROP) -> torch.Te
     chroma = torch.stack([torch.ones(count), turn.cos() * saturation, turn.sin() * saturation], dim=1)  # N 3
     colour = ((brightness * contrast)[:, None] * chroma @ CHROMA).view(count, 3, 3)
     return draw_boxes(left, width, top, height, colour, brightness * (1 - contrast))
-
-
-@functools.cache
-def _ranges(crop: float) -> torch.Tensor:
-    """The lower and upper ends of what `draw_views` draws: 2 10."""
-    ranges = [(crop, 1), tuple(map(math.log, CROP_ASPECT)), (0, 1), (0, 1), (0, 1)]
-    ranges += [(1 - spread, 1 + spread) for spread in (BRIGHTNESS, CONTRAST, SATURATION)]
-    return torch.tensor([*ranges, (-2 * math.pi * HUE, 2 * math.pi * HUE), (0, 1)]).T
 
 
 def draw_boxes(left, width, top, height, colour=None, tint=None) -> torch.Tensor:

@@ -141,9 +141,7 @@ def misuse(call: Call, size: int) -> Iterator[tuple]:
     rows = x.detach().movedim(min(1, x.ndim - 1) if name != "kl_div" else -1, -1)
     bad = end in ENDS or "dropout" in end or rows.min() >= 0 and (rows.sum(-1) - 1).abs().max() < 1e-3
     why = f"{name} has its own softmax or sigmoid: leave out the {end or 'softmax'} before it."
-    why = (
-        f"{name} takes scores of any size and sign: leave out the {end} before it." if end in ("relu", "tanh") else why
-    )
+    why = f"{name} takes scores of any size: leave out the {end} before it." if end in ("relu", "tanh") else why
     yield bad and name in ("cross_entropy", "binary_cross_entropy_with_logits"), f"{name} of answers of {end}", why
     bad = name in ("nll_loss", "kl_div") and (rows.logsumexp(-1).abs() > 1e-2).any()
     yield bad, f"{name} of answers of {end}", f"{name} wants logarithms: use log_softmax over the classes."
@@ -310,12 +308,8 @@ def check_steps(own: Own) -> Iterator[tuple]:
 def check_overfit(own: Own) -> Iterator[tuple]:
     """A few examples are learnt by heart, in eval mode too, and only if each is given its own inputs."""
     for name, m in own.fresh().model.named_modules():
-        odd = (
-            isinstance(m, MOODS[1])
-            and m.p >= 0.9
-            or isinstance(m, MOODS[0])
-            and not 1e-4 < (0.1 if m.momentum is None else m.momentum) < 0.9
-        )
+        odd = isinstance(m, MOODS[1]) and m.p >= 0.9
+        odd |= isinstance(m, MOODS[0]) and m.momentum is not None and not 1e-4 < m.momentum < 0.9
         yield odd, f"`{name}` is {m}", "p is the share that is dropped, momentum that of the new batch: small ones."
     run, start, end, rates = practise(own, STEPS)
     if len(rates) < FEWEST:

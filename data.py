@@ -190,12 +190,10 @@ class Images:
 
     def identity(self) -> dict[str, object]:
         """Fingerprint used to refuse resuming on different data: plain values by name."""
-        return ({"scale beyond 8 bits": dict(self.listing.ranges)} if self.listing.ranges else {}) | {
-            "number of images": len(self.listing.entries),
-            "side": self.pixels.shape[2],
-            "classes": self.listing.classes,
-            "list of images": hashlib.sha256(json.dumps(self.listing.entries).encode()).hexdigest(),
-        }
+        scale = {"scale beyond 8 bits": dict(self.listing.ranges)} if self.listing.ranges else {}
+        known = {"number of images": len(self.labels), "side": self.pixels.shape[2], "classes": self.listing.classes}
+        entries = hashlib.sha256(json.dumps(self.listing.entries).encode()).hexdigest()
+        return scale | known | {"list of images": entries}
 
     def skipped(self, allowed: bool = True) -> dict[str, str]:
         """{"warning": text} if a tenth of the images or more were skipped, of the files that are named as images; else
@@ -301,8 +299,8 @@ def choose_place(name: str, images: Images, device: torch.device) -> str:
 
 
 class ImageDataset(Dataset):
-    """Some rows of a data set. A batch is gathered at once, by `collate`: from `resident`, all images N 3 H H uint8 and
-    labels N int64 on a device, where nothing is copied in a step, or if that is None from the cache."""
+    """Some rows of a data set. A batch is gathered at once, by `collate`: from `resident`, all images N 3 H H uint8 (or
+    features N D) and labels N on a device, where nothing is copied in a step, or if that is None from the cache."""
 
     def __init__(self, images: Images, rows: Rows, resident: tuple[torch.Tensor, torch.Tensor] | None = None):
         self.images, self.rows, self.resident = images, np.asarray(rows, dtype=np.int64), resident
@@ -369,7 +367,5 @@ def get_dataloaders(
     blocks = np.array_split(np.arange(len(val)), -(-len(val) // VALIDATION_BLOCK))
     blocks = [slice(int(block[0]), int(block[-1]) + 1) for block in blocks]
     order = EpochOrder(len(train), batch_size, seed, device if resident else None)
-    return (
-        DataLoader(train, batch_sampler=order, collate_fn=train.collate, **options),
-        DataLoader(val, batch_sampler=blocks, collate_fn=val.collate, **options),
-    )
+    train_loader = DataLoader(train, batch_sampler=order, collate_fn=train.collate, **options)
+    return train_loader, DataLoader(val, batch_sampler=blocks, collate_fn=val.collate, **options)

@@ -3,7 +3,7 @@
     python debug_overfit.py --own my_setup.py              a network of your own: docs/debugging.md
     python debug_overfit.py --n 8                          the ladder of this project's networks
     python debug_overfit.py --decoder dot --loss mse       with your own choice of parts: the obvious version
-    python debug_overfit.py --encoder resnet18 --pretrained
+    python debug_overfit.py --encoder resnet18
 
 Exit status 0 if no check fails, 1 if one does: it is explained, and the ladder ends there.
 """
@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 
 from augment import generator
-from checks import FAILED, LIBRARY, diagnose, report
+from checks import FAILED, LIBRARY, climb, diagnose, report
 from data import get_dataloaders, open_pretext
-from engine import AMP, DEVICES, Trainer, choose_amp, choose_device, device_name
+from engine import DEVICES, Trainer, choose_device, device_name
 from harness import command, folder, ranks
 from harness.download import ARCHIVES
 from harness.errors import UsageError, ValueProblem, describe
 from harness.files import write_json
 from harness.log import Log
-from ladder import CHECKS, Subject, climb
+from ladder import CHECKS, Subject
 from models import DECODERS, build_model
 from tasks import ACTIVATIONS, LOSSES, TASKS, MixupTransform, settings_of
 
@@ -52,20 +52,16 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument_group("network").add_argument
     add("--encoder", default="conv", help="conv, or a classification network of torchvision by name")
     add("--decoder", choices=DECODERS, default="ridge", help="what compares mixture and candidates")
-    add("--pretrained", action="store_true", help="start from torchvision's weights")
     add = parser.add_argument_group("training").add_argument
     add("--lr", type=command.rate, default=1e-3, help="peak learning rate of AdamW")
     add("--seed", type=integer(0, 2**32 - 1), default=0, help="fixes all that is random")
     add("--device", choices=DEVICES, default="auto", help="where to compute; auto: a GPU if there is one")
-    add("--amp", choices=AMP, default="off", help="bf16; off by default, since checks compare answers to the digit")
     add = parser.add_argument_group("results").add_argument
     add("--out", type=command.place, help="the run's folder (default: runs/debug-DATA-ENCODER-TIME)")
     add("--overwrite", action="store_true", help="replace the run that --out holds")
     args = parser.parse_args()
     if args.own:
         parser.refuse(vars(args).keys() - {"own", "n", "seed", "device"}, "is not for --own, whose file has the parts")
-    if args.pretrained and args.encoder == "conv":
-        raise UsageError("--pretrained needs an encoder of torchvision, such as --encoder resnet18")
     if args.candidates == "batch":
         args.candidates = args.n  # the examples are the batch
     return args
@@ -74,7 +70,6 @@ def parse() -> argparse.Namespace:
 def assemble(args: argparse.Namespace, log: Log | None = None) -> Subject:
     """The pieces of a training run on the first n of the shuffled images, with the parts that the options choose."""
     device = choose_device(args.device)
-    amp = choose_amp(args.amp, device)
 
     def make_task(name, views=None):
         settings = vars(args) | ({} if views is None else {"views": views})
@@ -86,10 +81,10 @@ def assemble(args: argparse.Namespace, log: Log | None = None) -> Subject:
 
     def make_model(classes=None):
         torch.manual_seed(args.seed)
-        return build_model(args.encoder, args.decoder, args.size, classes, args.pretrained).to(device)
+        return build_model(args.encoder, args.decoder, args.size, classes).to(device)
 
     def make_trainer(model, task, steps):
-        return Trainer(model, task, lr=args.lr, steps=steps, seed=args.seed, device=device, amp=amp)
+        return Trainer(model, task, lr=args.lr, steps=steps, seed=args.seed, device=device)
 
     make_model()  # an impossible encoder is refused before anything is decoded
     images, train, val = open_pretext(args.data, args.size, args.data_dir, 2)
@@ -103,16 +98,6 @@ def assemble(args: argparse.Namespace, log: Log | None = None) -> Subject:
     return Subject(images, train, val, pixels=pixels, task=args.task, seed=args.seed, log=log, **loaders, **makers)
 
 
-def run_ladder(subject: Subject, place: Path) -> int:
-    """Climb, and keep what is found. Returns the exit status: 0 if no check fails, else 1."""
-    found = []
-    results = report((found.append(step) or step for step in climb(subject)), list(CHECKS))
-    checks = [{"check": n, "status": r.status, "figure": r.figure, "seconds": seconds} for _, n, r, seconds in found]
-    write_json({"checks": checks, "seconds": sum(check["seconds"] for check in checks)}, place / "summary.json")
-    print(f"curves   tensorboard --logdir {place.parent}")
-    return int(any(result.status == FAILED for result in results.values()))
-
-
 def own_setup(file: str) -> Callable:
     """The function setup() of somebody's file. Raises UsageError if there is none."""
     sys.dont_write_bytecode = True  # nothing is left beside the file
@@ -124,18 +109,23 @@ def own_setup(file: str) -> Callable:
 
 
 def main() -> int:
-    """Climb the ladder."""
+    """Climb the ladder. Returns the exit status: 0 if no check fails, else 1."""
     args = parse()
     ranks.refuse_several()
     if args.own:
         device = None if args.device == "auto" else choose_device(args.device)  # where setup() puts it
-        found = diagnose(own_setup(args.own), args.n, args.seed, device)
-        return int(any(result.status == FAILED for result in found.values()))
+        results = diagnose(own_setup(args.own), args.n, args.seed, device)
+        return int(any(result.status == FAILED for result in results.values()))
     place = folder.choose(args, "debug")
     subject = assemble(args)
     folder.make(place, args, device_name(choose_device(args.device)))
+    found = []
     with contextlib.closing(Log(place)) as subject.log:
-        return run_ladder(subject, place)
+        report((found.append(step) or step for step in climb(CHECKS, subject)), list(CHECKS))
+    rows = [{"check": n, "status": r.status, "figure": r.figure, "seconds": seconds} for _, n, r, seconds in found]
+    write_json({"checks": rows, "seconds": sum(row["seconds"] for row in rows)}, place / "summary.json")
+    print(f"curves   tensorboard --logdir {place.parent}")
+    return int(any(row["status"] == FAILED for row in rows))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The training loop: one step, one epoch, one evaluation; device, precision and schedule."""
 
+import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 
@@ -121,10 +122,8 @@ def memory(device: torch.device) -> float:
     """The peak memory so far, MB (10^6 bytes): the GPU's, or this process's. 0 if the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    if resource is None:
-        return 0.0
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6 if resource else 0.0
 
 
 @torch.no_grad()
@@ -282,16 +281,6 @@ class Trainer:
         self._show(bar, means)
         return {**means, "learning_rate": learning_rate(self.taken - 1, self.steps, self.lr)}
 
-    def training_questions(self, loader: DataLoader, batches: int = 10) -> Iterator:
-        """Questions about the first batches of the first epoch."""
-        for batch, (images, labels) in zip(range(batches), loader, strict=False):
-            yield self.ask(self.task, images, labels, generator(self.seed, 0, batch))
-
-    def questions(self, loader: Iterable, task, draw: int = 0) -> Iterator:
-        """The validation questions. What is asked about a batch depends on its number and on `draw` alone."""
-        for block, (images, labels) in enumerate(loader):
-            yield self.ask(task, images, labels, generator(VALIDATION_SEED + draw, block))
-
     def ask(self, task, images: torch.Tensor, labels: torch.Tensor, rng: torch.Generator):
         """A batch of the loader -> a question, on the device."""
         return task(images.to(self.device, non_blocking=True), rng, labels.to(self.device, non_blocking=True))
@@ -301,10 +290,12 @@ class Trainer:
         self, loader: Iterable, task, score: Callable | None = None, look: Callable | None = None, draw: int = 0
     ) -> dict[str, float]:
         """Means over the images of `loader`, in eval mode: the model's scores, or what `score(question)` returns.
-        `look(question, logits)` is called with every answer of the model."""
+        `look(question, logits)` is called with every answer of the model. What is asked about a batch depends on its
+        number and on `draw` alone."""
         self.model.eval()
         running = Running(self.device)
-        for question in self.questions(loader, task, draw):
+        for block, (images, labels) in enumerate(loader):
+            question = self.ask(task, images, labels, generator(VALIDATION_SEED + draw, block))
             logits = None if score else self.logits(question)
             running.add(score(question) if score else task.score(logits, question), len(question.inputs[0]))
             if look:
@@ -325,12 +316,9 @@ class Trainer:
 
     def state(self) -> dict:
         """For a checkpoint: tensors and plain values only."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "running": self.running.state(),
-            "schedule": {"lr": self.lr, "steps": self.steps, "taken": self.taken},
-        }
+        parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        schedule = {"lr": self.lr, "steps": self.steps, "taken": self.taken}
+        return {**parts, "running": self.running.state(), "schedule": schedule}
 
     def restore(self, state: dict) -> None:
         """Go on from what `state` returned; the schedule's length is that of this trainer."""
@@ -364,16 +352,14 @@ class Trainer:
 
         def look(name, module, inputs, output):
             parts = output if isinstance(output, tuple) else (output,)
-            if any(isinstance(part, torch.Tensor) and not part.isfinite().all() for part in parts):
+            if any(torch.is_tensor(part) and not part.isfinite().all() for part in parts):
                 outputs.append(name)
 
-        hooks = [m.register_forward_hook(partial(look, name)) for name, m in self.model.named_modules() if name]
-        try:
+        with contextlib.ExitStack() as hooks:
+            for name, module in self.model.named_modules():
+                hooks.enter_context(module.register_forward_hook(partial(look, name or "the network")))
             self.optimizer.zero_grad(set_to_none=True)
             self.task.score(self.logits(question), question)["loss"].backward()
-        finally:
-            for hook in hooks:
-                hook.remove()
         if outputs:
             return f"the output of {outputs[0]} is the first that is not"
         for name, parameter in reversed(list(self.model.named_parameters())):  # in backward order: the last layer first

@@ -7,11 +7,9 @@ the views that are asked about (A D) and the candidates (B n, rows of A) to logi
 import difflib
 import functools
 import math
-import pickle
 import re
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torchvision
@@ -21,7 +19,6 @@ from harness.errors import UsageError, ValueProblem
 from harness.ranks import encode
 
 LEAST_RIDGE = 1e-5  # so that a system has one solution, whatever is learned
-
 WIDTHS = (32, 64, 128, 256)  # channels of the encoder conv
 USUAL_SIZE = 224  # px; the views that torchvision's networks are made for
 ENCODERS = ["conv", *torchvision.models.list_models(module=torchvision.models)]  # its classification networks
@@ -32,9 +29,8 @@ class ConvBlock(nn.Sequential):
     """Convolution, batch normalisation, ReLU: B in H W -> B out H/stride W/stride."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1):
-        super().__init__(
-            nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
-        )
+        conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        super().__init__(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
 
 class ResBlock(nn.Module):
@@ -42,11 +38,8 @@ class ResBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1):
         super().__init__()
-        self.block = nn.Sequential(
-            ConvBlock(inputs, outputs, stride),
-            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
+        conv = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.block = nn.Sequential(ConvBlock(inputs, outputs, stride), conv, nn.BatchNorm2d(outputs))
         same = inputs == outputs and stride == 1
         self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
@@ -64,9 +57,8 @@ class ConvEncoder(nn.Module):
     def __init__(self, widths: Sequence[int] = WIDTHS, blocks: int = 1):
         super().__init__()
         self.out_features = 2 * widths[-1]
-        self.convs = nn.Sequential(
-            ConvBlock(3, widths[0]), *(ConvBlock(i, o, stride=2) for i, o in zip(widths, widths[1:], strict=False))
-        )
+        halving = (ConvBlock(i, o, stride=2) for i, o in zip(widths, widths[1:], strict=False))
+        self.convs = nn.Sequential(ConvBlock(3, widths[0]), *halving)
         self.blocks = nn.Sequential(*(ResBlock(widths[-1], widths[-1]) for _ in range(blocks)))
 
     def forward(self, images):
@@ -74,24 +66,15 @@ class ConvEncoder(nn.Module):
         return torch.cat([maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))], dim=1)  # B D
 
 
-def torchvision_encoder(name: str, pretrained: bool = False) -> nn.Module:
+def torchvision_encoder(name: str) -> nn.Module:
     """A classification network of torchvision without its last layer: B 3 S S -> B D.
 
     The last Linear and the dropouts before it in the same Sequential become identities, so `state_dict` keeps the key
-    names of the torchvision model. Raises UsageError if the network does not end in one Linear over the classes, or if
-    the pretrained weights cannot be downloaded.
+    names of the torchvision model. Raises UsageError if the network does not end in one Linear over the classes.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of googlenet's and inception's initialisation
-            net = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None)
-    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        if not pretrained:
-            raise
-        problem = f"are not in torch's cache and cannot be downloaded ({error}): go without, or try with a network"
-        if not isinstance(error, OSError):
-            problem = f"in {Path(torch.hub.get_dir(), 'checkpoints')} are damaged; remove the file there"
-        raise UsageError(f"the pretrained weights of {name} {problem}") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of googlenet's and inception's initialisation
+        net = torchvision.models.get_model(name, weights=None)
     heads = [path for path, m in net.named_modules() if isinstance(m, nn.Linear) and m.out_features == 1000]
     if len(heads) != 1:
         problem = f"has several outputs ({', '.join(heads)})" if heads else OTHER_HEAD
@@ -107,7 +90,7 @@ def torchvision_encoder(name: str, pretrained: bool = False) -> nn.Module:
     return net
 
 
-def build_encoder(name: str, pretrained: bool = False, size: int | None = None, **shape) -> nn.Module:
+def build_encoder(name: str, size: int | None = None, **shape) -> nn.Module:
     """The encoder of that name, one of `ENCODERS`; `encoder.out_features` is D. `shape`: `widths` and `blocks` of conv,
     see `ConvEncoder`. Raises UsageError if the name is unknown, if the network cannot be used as an encoder, or if it
     does not take views of `size` px (None: not checked)."""
@@ -117,7 +100,7 @@ def build_encoder(name: str, pretrained: bool = False, size: int | None = None, 
         raise ValueProblem("encoder", name, problem)
     if shape and name != "conv":
         raise ValueProblem("widths", None, f"is of the encoder conv; {name} has widths of its own")
-    encoder = ConvEncoder(**shape) if name == "conv" else torchvision_encoder(name, pretrained)
+    encoder = ConvEncoder(**shape) if name == "conv" else torchvision_encoder(name)
     if size is not None:
         check_size(encoder, name, size)
     return encoder.train()
@@ -208,11 +191,11 @@ class ByNumber(nn.Module):
     """Learned numbers that may depend on the number of candidates n: start + slope * log(n / 64); 64 are the default
     batch, so a network that is asked about the whole batch alone learns `start` alone."""
 
-    def __init__(self, learned: bool = True, **start: float):
+    def __init__(self, **start: float):
         super().__init__()
         self.names = list(start)  # a ParameterDict sorts them
         self.start, self.slope = (
-            nn.ParameterDict({name: nn.Parameter(torch.tensor(value), learned) for name, value in values.items()})
+            nn.ParameterDict({name: nn.Parameter(torch.tensor(value)) for name, value in values.items()})
             for values in (start, dict.fromkeys(start, 0.0))
         )
 
@@ -238,17 +221,13 @@ class DotDecoder(Decoder):
 
 
 class Projection(nn.Sequential):
-    """Linear (with `hidden`, an MLP), then each direction to mean 0 and variance 1 over the batch: R D -> R P.
+    """Linear, then each direction to mean 0 and variance 1 over the batch: R D -> R P.
 
     The features are not negative, so without the centring all images point the same way.
     """
 
-    def __init__(self, features: int, projection: int, hidden: int = 0):
-        layers = []
-        if hidden:
-            layers = [nn.Linear(features, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
-            features = hidden
-        super().__init__(*layers, nn.Linear(features, projection, bias=False), nn.BatchNorm1d(projection, affine=False))
+    def __init__(self, features: int, projection: int):
+        super().__init__(nn.Linear(features, projection, bias=False), nn.BatchNorm1d(projection, affine=False))
 
     def forward(self, mixtures, asked):
         """B D, A D -> B P, A P; both in one pass, so that they share their statistics."""
@@ -256,16 +235,13 @@ class Projection(nn.Sequential):
 
 
 class CosineDecoder(Decoder):
-    """The cosine of the projections over a temperature: a fixed one, or None: learned from 0.1 on.
+    """The cosine of the projections over a temperature, which is learned, from 0.1 on. With a fixed one: SimCLR (Chen
+    et al. 2020, section 2.1)."""
 
-    Cosine over a temperature: SimCLR (Chen et al. 2020, section 2.1).
-    """
-
-    def __init__(self, features: int, hidden: int = 0, projection: int = 256, temperature: float | None = None):
+    def __init__(self, features: int, projection: int = 256):
         super().__init__()
-        self.project = Projection(features, projection, hidden)
-        learned = temperature is None
-        self.numbers = ByNumber(learned, log_scale=math.log(10.0 if learned else 1 / temperature))
+        self.project = Projection(features, projection)
+        self.numbers = ByNumber(log_scale=math.log(10.0))
 
     def prepare(self, mixtures, asked):
         """B D, A D -> the cosines, B A."""
@@ -280,9 +256,9 @@ class CosineDecoder(Decoder):
 class MLPDecoder(Decoder):
     """An MLP on each pair of mixture and candidate, which sees the product and the difference of their projections."""
 
-    def __init__(self, features: int, hidden: int = 0, projection: int = 128):
+    def __init__(self, features: int, projection: int = 128):
         super().__init__()
-        self.project = Projection(features, projection, hidden)
+        self.project = Projection(features, projection)
         self.mlp = nn.Sequential(nn.Linear(2 * projection, projection), nn.ReLU(inplace=True), nn.Linear(projection, 1))
         self.numbers = ByNumber(log_scale=0.0)
 
@@ -307,9 +283,9 @@ class RidgeDecoder(Decoder):
     ridge it is a dot product, with none it is exact where features are linear in the pixels.
     """
 
-    def __init__(self, features: int, hidden: int = 0, projection: int = 256):
+    def __init__(self, features: int, projection: int = 256):
         super().__init__()
-        self.project = Projection(features, projection, hidden)
+        self.project = Projection(features, projection)
         # The ridge, relative to the squared length of a projection; the price of a sum other than one.
         start = {"log_ridge": math.log(0.3), "log_price": 0.0, "log_sharpness": math.log(50.0), "offset": -1.0}
         self.numbers = ByNumber(**start)
@@ -341,17 +317,11 @@ class RidgeDecoder(Decoder):
 DECODERS = {"ridge": RidgeDecoder, "cosine": CosineDecoder, "mlp": MLPDecoder, "dot": DotDecoder}
 
 
-def build_decoder(name: str, features: int, hidden: int = 0, temperature: float | None = None) -> nn.Module:
-    """The decoder of that name, one of DECODERS, on D = `features`; `hidden`: width of the projection's hidden layer, 0
-    without. Raises UsageError if the name is unknown, or if the decoder has no such setting."""
+def build_decoder(name: str, features: int) -> nn.Module:
+    """The decoder of that name, one of DECODERS, on D = `features`. Raises UsageError if the name is unknown."""
     if name not in DECODERS:
         raise UsageError(f"decoder {name!r} is unknown: use one of {', '.join(DECODERS)}")
-    if hidden and name == "dot":
-        raise ValueProblem("hidden", None, "is a layer of the projection, and the decoder dot has none")
-    if temperature is not None and name != "cosine":
-        raise ValueProblem("temperature", None, f"is of the decoder cosine; {name} has none")
-    settings = {"hidden": hidden or None, "temperature": temperature}
-    return DECODERS[name](features, **{name: value for name, value in settings.items() if value is not None})
+    return DECODERS[name](features)
 
 
 class Unmixer(nn.Module):
@@ -381,18 +351,11 @@ class Classifier(nn.Module):
 
 
 def build_model(
-    encoder: str,
-    decoder: str,
-    size: int,
-    classes: int | None = None,
-    pretrained: bool = False,
-    hidden: int = 0,
-    temperature: float | None = None,
-    widths: Sequence[int] | None = None,
+    encoder: str, decoder: str, size: int, classes: int | None = None, widths: Sequence[int] | None = None
 ) -> Unmixer | Classifier:
     """The network for views of `size` px: an Unmixer, or with `classes` a Classifier, which has no decoder. For
-    `hidden` and `temperature` see `build_decoder`, for `widths` ConvEncoder. Raises UsageError."""
-    net = build_encoder(encoder, pretrained, size, **({"widths": widths} if widths else {}))
+    `widths` see ConvEncoder. Raises UsageError."""
+    net = build_encoder(encoder, size, **({"widths": widths} if widths else {}))
     if classes:
         return Classifier(net, classes)
-    return Unmixer(net, build_decoder(decoder, net.out_features, hidden, temperature))
+    return Unmixer(net, build_decoder(decoder, net.out_features))

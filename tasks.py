@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Distribution, Uniform
 
-from augment import CROP, draw_boxes, draw_views, make_views, send
+from augment import draw_boxes, draw_views, make_views, send
 from harness.errors import UsageError, ValueProblem
 
 ACTIVATIONS = ("softmax", "sigmoid")
@@ -134,43 +134,23 @@ class MixupTransform(WeightTask):
                 Mixing two images with a Beta weight: mixup (Zhang et al. 2018, section 2).
     views       the candidates show another view than the one that was mixed; else the very same pixels
     size        side of a view, px
-    symmetric   ask the other way round too: how much of each mixture comes from this candidate? "batch" only; None:
-                yes with "batch", softmax and kl
-    contrast    ask about the unmixed views as well: B more rows with a weight of one; "batch" only
-    crop        smallest share of an image that a view shows, in (0, 1]
+
+    With "batch", softmax and kl it is asked the other way round too: how much of each mixture is from this candidate?
     """
 
     def __init__(
-        self,
-        candidates: int | str = "batch",
-        sources: int = 2,
-        dist: Distribution | None = None,
-        views: bool = True,
-        size: int = 32,
-        activation: str = "softmax",
-        loss: str = "kl",
-        symmetric: bool | None = None,
-        contrast: bool = False,
-        crop: float = CROP,
-        few: tuple[int, ...] = FEW,
-    ):
+        self, candidates: int | str = "batch", sources: int = 2, dist: Distribution | None = None, views: bool = True,
+        size: int = 32, activation: str = "softmax", loss: str = "kl", few: tuple[int, ...] = FEW,
+    ):  # fmt: skip
         super().__init__(size, activation, loss)
         if sources < 1:
             raise UsageError(f"sources is {sources}: a mixture holds at least 1 image")
         least = max(2, sources)
         if candidates != "batch" and candidates < least:
-            raise UsageError(
-                f"candidates is {candidates}: the {sources} sources are among them, so use {least} or more"
-            )
-        for name, given in (("symmetric", symmetric), ("contrast", contrast)):
-            if given and candidates != "batch":
-                raise ValueProblem(name, None, f"needs every image of the batch as candidates, not {candidates}")
-        softmax_kl = (activation, loss) == ("softmax", "kl")
-        if symmetric and not softmax_kl:
-            raise ValueProblem("symmetric", None, "asks the other way round with softmax and kl only; use those")
-        self.symmetric = candidates == "batch" and softmax_kl if symmetric is None else symmetric
-        self.candidates, self.sources, self.views = candidates, sources, views
-        self.contrast, self.crop, self.few = contrast, crop, few
+            problem = f"the {sources} sources are among them, so use {least} or more"
+            raise UsageError(f"candidates is {candidates}: {problem}")
+        self.symmetric = (candidates, activation, loss) == ("batch", "softmax", "kl")
+        self.candidates, self.sources, self.views, self.few = candidates, sources, views, few
         self.dist = dist if dist is not None else Uniform(0.0, 1.0)
 
     def draw(self, images: torch.Tensor, rng: torch.Generator) -> list[torch.Tensor]:
@@ -184,11 +164,8 @@ class MixupTransform(WeightTask):
         if max(n, k) > B:
             raise UsageError(f"{max(n, k)} candidates need as many images in a batch, and this one has {B}")
         rows, weights = self.draw_sources(B, n, rng)  # B n, B k
-        views = draw_views(B * (2 if self.views else 1), rng, self.crop)
-        if self.contrast:  # B more rows, each with one image: 2B n, 2B k
-            alone = F.pad(torch.ones(B, 1), (0, k - 1))
-            rows, weights = rows.repeat(2, 1), torch.cat([weights, alone])
-        order = torch.rand(len(rows), n, generator=rng).argsort(dim=1)
+        views = draw_views(B * (2 if self.views else 1), rng)
+        order = torch.rand(B, n, generator=rng).argsort(dim=1)
         answer = F.pad(weights, (0, n - k)).gather(1, order)
         return [rows[:, :k], weights, rows.gather(1, order), answer, views, torch.arange(B)]
 
@@ -198,14 +175,12 @@ class MixupTransform(WeightTask):
         sources, weights, candidates, answer, views, every = drawn
         seen, *others = make_views(images, self.size, views)  # B 3 S S  the view that is mixed
         asked = others[0] if others else seen  # B 3 S S  the view asked about
-        parts = seen.flatten(1)[sources[:B]]  # B k 3*S*S
-        mixtures = (weights[:B, None] @ parts).view_as(seen)
-        if self.contrast:
-            mixtures = torch.cat([mixtures, seen])  # 2B 3 S S
+        parts = seen.flatten(1)[sources]  # B k 3*S*S
+        mixtures = (weights[:, None] @ parts).view_as(seen)
         if self.candidates != "batch":
             return Question(mixtures, asked, candidates, answer)
-        whole = weights.new_zeros(len(weights), B).scatter_(1, sources, weights)  # B B
-        every = every.expand(len(weights), B)
+        whole = weights.new_zeros(B, B).scatter_(1, sources, weights)  # B B
+        every = every.expand(B, B)
         if not self.few:
             return Question(mixtures, asked, every, whole)
         return Question(mixtures, asked, (every, candidates), (whole, answer))
@@ -237,8 +212,8 @@ class MixupTransform(WeightTask):
 class Duplicate(MixupTransform):
     """Mixtures of one image: which candidate is it?"""
 
-    def __init__(self, candidates="batch", views=True, size=32, activation="softmax", loss="kl", crop=CROP):
-        super().__init__(candidates, 1, None, views, size, activation, loss, crop=crop)
+    def __init__(self, candidates="batch", views=True, size=32, activation="softmax", loss="kl"):
+        super().__init__(candidates, 1, None, views, size, activation, loss)
 
 
 class Scale(WeightTask):
@@ -306,13 +281,9 @@ class Quadrant(LabelTask):
 class Rotate(LabelTask):
     """By how many quarter turns, counter-clockwise, is the view rotated? (Gidaris et al. 2018)"""
 
-    def __init__(self, size: int = 32, crop: float = CROP):
-        super().__init__(size)
-        self.crop = crop
-
     def draw(self, images: torch.Tensor, rng: torch.Generator) -> list[torch.Tensor]:
         """The turns B, the views, and the numbers of the images."""
-        return [self.draw_labels(images, rng), draw_views(len(images), rng, self.crop), torch.arange(len(images))]
+        return [self.draw_labels(images, rng), draw_views(len(images), rng), torch.arange(len(images))]
 
     def ask(self, images: torch.Tensor, drawn: list[torch.Tensor], labels: torch.Tensor | None = None) -> LabelQuestion:
         """images B 3 H H uint8 and what `draw` returned -> LabelQuestion."""
@@ -379,10 +350,8 @@ def compare(predicted: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.T
     source = weights > 0
     lightest_source = predicted.masked_fill(~source, float("inf")).amin(dim=1)
     heaviest_other = predicted.masked_fill(source, float("-inf")).amax(dim=1)
-    return {
-        "source_accuracy": (lightest_source > heaviest_other).float().mean(),
-        "weight_mae": (predicted - weights).abs().mean(),
-    }
+    right = (lightest_source > heaviest_other).float().mean()
+    return {"source_accuracy": right, "weight_mae": (predicted - weights).abs().mean()}
 
 
 def least_squares(question: Question) -> torch.Tensor:

@@ -14,6 +14,7 @@ TensorBoard shows.
 import argparse
 import contextlib
 import copy
+import itertools
 import json
 import math
 import os
@@ -26,12 +27,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch.distributions import Beta
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import engine
-from augment import CROP, to_pixels
+from augment import generator, to_pixels
 from data import PLACES, ImageDataset, Images, get_dataloaders, open_pretext
 from engine import AMP, DEVICES, Trainer, choose_amp, choose_device, device_name, encode_images, memory, warm_up_norms
 from harness import checkpoint, command, folder, ranks
@@ -44,8 +44,7 @@ from harness.ranks import RANK, RANKS
 from models import DECODERS, build_model, check_size
 from tasks import ACTIVATIONS, LOSSES, TASKS, LabelTask, MixupTransform, Question, WeightTask, divergence, settings_of
 
-QUESTION = {"candidates", "sources", "views", "activation", "loss", "symmetric", "few", "contrast", "beta", "crop"}
-DECODER = {"decoder", "hidden", "temperature"}  # options
+QUESTION = {"candidates", "sources", "views", "activation", "loss"}  # options
 OFTEN = {"checkpoint_every", "inspect_every"}
 PLUMBING = {"out", "overwrite", "resume", "data_dir", "device", "images", "compile", "ranges", "allow_skipped"} | OFTEN
 FIGURES = {  # name: (what it is called, its format)
@@ -70,7 +69,6 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     add("--data-dir", type=command.place, default="data", help="folder for data sets by name, and for decoded images")
     add("--size", type=integer(8, 1024), default=32, help="side of a view, px")
     add("--grow", action=switch, help="smaller views in the first epochs, see view_size (default: with conv)")
-    add("--crop", type=command.crop, default=CROP, help="smallest share of an image in a view, give or take its aspect")
     add("--allow-skipped", action="store_true", help="go on if half of the images or more cannot be used")
     add = parser.add_argument_group("question").add_argument
     add("--task", choices=TASKS, default="mixup", help="`mixup`: how much of each image is in the mixture?")
@@ -79,16 +77,10 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     add("--views", action=switch, default=True, help="candidates show another crop, flip and colour than was mixed")
     add("--activation", choices=ACTIVATIONS, default="softmax", help="weights as a distribution, or each by itself")
     add("--loss", choices=LOSSES, default="kl", help="cross-entropy less its floor, or squared error")
-    add("--symmetric", action=switch, help="ask both ways, with `--candidates batch` (default: with softmax and kl)")
-    add("--few", action=switch, default=True, help="with `--candidates batch`: ask about a few candidates, too")
-    add("--contrast", action="store_true", help="with `--candidates batch`: ask about every view unmixed as well")
-    add("--beta", type=command.positive, help="weights from Beta(b, b) (default: uniform)")
     add = parser.add_argument_group("network").add_argument
     add("--encoder", default="conv", help="what is kept: conv, or a classification network of torchvision by name")
     add("--widths", type=integer(1), nargs="+", help="channels of conv's convolutions (default: 32 64 128 256)")
     add("--decoder", choices=DECODERS, default="ridge", help="what compares mixture and candidates")
-    add("--hidden", type=integer(0), default=0, help="width of the projection's hidden layer; 0: linear")
-    add("--temperature", type=command.positive, help="of `--decoder cosine` (default: learned)")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=integer(1), default=50, help="passes over the images")
     add("--batch-size", type=integer(2), default=64, help="images in a step")
@@ -106,25 +98,20 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     add("--resume", type=command.place, metavar="FOLDER", help="go on with the run in this folder (default: a new run)")
     parser.set_defaults(ranges={})  # what is black and white beyond 8 bits: found in the images, kept for what follows
     args = parser.parse_args()
-    settings = settings_of(args.task)
-    unused = QUESTION - settings - ({"beta"} if "dist" in settings else set())
-    unused |= DECODER if issubclass(TASKS[args.task], LabelTask) else set()
+    unused = {"decoder"} if issubclass(TASKS[args.task], LabelTask) else set()
+    unused |= QUESTION - settings_of(args.task)
     parser.refuse(unused, f"is given, and --task {args.task} has no use for it; leave one of them out")
     compilers = (os.environ.get("CXX"), "c++", "g++", "clang++", "cl")
     if args.compile and not any(shutil.which(name) for name in compilers if name):
         raise ValueProblem("compile", None, "needs a C++ compiler, such as g++, and there is none; leave it out")
     args.grow = args.encoder == "conv" if args.grow is None else args.grow
-    if args.candidates not in (None, "batch"):
-        parser.refuse({"few"}, f"is of `--candidates batch`, not {args.candidates}; leave one of them out")
     return args, folder.resume(parser, args, {"epochs", "device", "data", "data_dir", "allow_skipped", *OFTEN})
 
 
 def make_task(args: argparse.Namespace) -> WeightTask | LabelTask:
     """The task; its number of candidates is noted in `args`. Raises UsageError if the batch is too small for it."""
-    given = vars(args) | {"few": (), "dist": Beta(args.beta, args.beta) if args.beta else None}
-    defaults = {"candidates": args.candidates is None, "few": args.few}  # left to the task
-    names = settings_of(args.task) & given.keys() - {name for name, left in defaults.items() if left}
-    task = TASKS[args.task](**{name: given[name] for name in names})
+    given = {name: value for name, value in vars(args).items() if value is not None}  # --candidates may be the task's
+    task = TASKS[args.task](**{name: given[name] for name in settings_of(args.task) & given.keys()})
     args.candidates = getattr(task, "candidates", None)
     if isinstance(task, MixupTransform):
         name, needed = ("sources", task.sources) if task.candidates == "batch" else ("candidates", task.candidates)
@@ -140,14 +127,12 @@ def main() -> None:
     amp = choose_amp(args.amp, device)
     task = make_task(args)
     torch.manual_seed(args.seed)
-    shape = {name: getattr(args, name) for name in ("hidden", "temperature", "widths")}
-    model = build_model(args.encoder, args.decoder, args.size, task.classes, **shape)
-    sizes = {view_size(epoch, args.epochs, args.size) for epoch in range(1, args.epochs + 1)} if args.grow else set()
-    for size in sorted(sizes - {args.size}):
+    model = build_model(args.encoder, args.decoder, args.size, task.classes, args.widths)
+    if args.grow:
         try:
-            check_size(model.encoder, args.encoder, size)
+            check_size(model.encoder, args.encoder, smallest := view_size(1, args.epochs, args.size))
         except ValueProblem as error:
-            problem = f"starts with views of {size} px, which the encoder {args.encoder} does not take; leave it out"
+            problem = f"starts with views of {smallest} px, which {args.encoder} does not take; leave it out"
             raise ValueProblem("grow", None, problem) from error
     if args.batch_size % RANKS:
         raise UsageError(f"--batch-size {args.batch_size} is not a multiple of the {RANKS} processes; change one")
@@ -166,11 +151,9 @@ def main() -> None:
     place = folder.make(place, args, device_name(device))
     print(images.describe())
     where = "streamed" if loaders[0].dataset.resident is None else "on the device"
-    precision = ", bf16" if amp else ""
-    print(f"training on {len(train)} images, {where}, validating on {len(val)}; {device_name(device)}{precision}")
+    where += f", validating on {len(val)}; {device_name(device)}{', bf16' if amp else ''}"
+    print(f"training on {len(train)} images, {where}")
     with contextlib.closing(Log(place, progress.history if saved else None)) as log:
-        if not saved and not RANK:
-            log.text("settings", (place / "settings.json").read_text())
         fit(progress, *loaders, log)
         settings = {name: value for name, value in vars(args).items() if name not in PLUMBING}
         final = {name: value for name, value in progress.history[-1].items() if name.startswith("val_")}
@@ -226,10 +209,9 @@ class Progress:
         if self.trainer.taken > self.trainer.steps:
             why = f"the run is in epoch {len(self.history) + 1} already; {epochs} --epochs are too few"
             raise UsageError(f"--resume {place}: {why}")
-        try:
+        finished = None
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             finished = json.loads(Path(place, "summary.json").read_text())["epochs"]
-        except (OSError, ValueError, KeyError, TypeError):
-            finished = None
         if len(self.history) == epochs == finished:
             raise UsageError(f"--resume {place}: the run has all of its {epochs} epochs; --epochs gives more")
 
@@ -243,8 +225,9 @@ def fit(progress: Progress, train_loader: DataLoader, val_loader: DataLoader, lo
     pictured = isinstance(fixed, WeightTask) and not RANK
     trained_loader = training_sample(train_loader.dataset, val_loader)
     if not progress.references:
-        questions = trainer.training_questions(train_loader)
-        warm_up_norms(trainer.model, (question.inputs for question in questions), trainer.amp)
+        batches = enumerate(itertools.islice(train_loader, 10))
+        first = (trainer.ask(task, *batch, generator(args.seed, 0, number)) for number, batch in batches)
+        warm_up_norms(trainer.model, (question.inputs for question in first), trainer.amp)
         progress.references = {n: trainer.evaluate(val_loader, fixed, score) for n, score in fixed.baselines().items()}
         answers = Answers(fixed) if pictured else None
         progress.references["untrained"] = trainer.evaluate(val_loader, fixed, look=answers)

@@ -105,7 +105,6 @@ def main() -> None:
         file.unlink()  # finished runs are logged again
     checkpoint.save_last({**state, "runs": runs}, place)
     with contextlib.closing(Log(place)) as log, command.Interrupts() as interrupts:
-        log.text("settings", (place / "settings.json").read_text())
         for run in runs:
             log_curves(run, log)
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from augment import generator, whole_view
-from data import EpochOrder, Images, get_dataloaders, list_data, open_images
+from data import EpochOrder, ImageDataset, Images, get_dataloaders, list_data, open_images
 from engine import BLOCK, VALIDATION_SEED, Trainer, encode_images, warm_up_norms
 from harness import checkpoint
 from harness.errors import UsageError, ValueProblem
@@ -142,13 +142,6 @@ class Answer:
         return {name: (vars(self)[way] == labels).float().mean().item() for name, (way, _) in FIGURES.items()}
 
 
-class Features(TensorDataset):
-    """Features and labels on a device; a batch is gathered at once."""
-
-    def __getitems__(self, places):
-        return self[places]
-
-
 def classify(
     start: Start, data: Labelled, recipe: argparse.Namespace, seed: int, report: Callable, after_step=None
 ) -> dict[str, Answer]:
@@ -173,9 +166,10 @@ def classify(
     model = Classifier(encoder, len(data.counts)).to(recipe.device)
     linear = recipe.mode == "linear"
     if linear or recipe.freeze:
-        features = Features(train.to(recipe.device), labels[data.train].to(recipe.device))
+        features = train.to(recipe.device), labels[data.train].to(recipe.device)
+        features = ImageDataset(data.images, range(len(train)), features)
         order = EpochOrder(len(train), min(recipe.batch_size, len(train)), seed, recipe.device)
-        loader = DataLoader(features, batch_sampler=order, collate_fn=tuple)
+        loader = DataLoader(features, batch_sampler=order, collate_fn=features.collate)
         epochs, heard = (recipe.epochs, report) if linear else (recipe.freeze, lambda epoch, means: None)
         fit(model.head, Classify(data.counts, None), loader, recipe, epochs, seed, False, heard, after_step)
     if linear:
@@ -210,10 +204,8 @@ def answer_of(corrected: torch.Tensor, plain: torch.Tensor, held: torch.Tensor, 
     return Answer(corrected.argmax(dim=1), plain.argmax(dim=1), within, confidence)
 
 
-# --------------------------------------------------------------------------------------------------------------- probes
-# Each maps standardised features of N training images, N D, their labels N, features of M validation images, M D, the
-# number of classes C and the classes H of the validation images to an Answer. Nothing is random, and all is computed on
-# the CPU.
+# The probes. Each maps standardised features of N training images, N D, their labels N, features of M validation
+# images, M D, the number of classes C and the validation images' classes H to an Answer: on the CPU, without chance.
 
 
 def ridge_probe(train: torch.Tensor, labels: torch.Tensor, val: torch.Tensor, C: int, held: torch.Tensor) -> Answer:

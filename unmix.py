@@ -102,8 +102,7 @@ def open_run(run: str) -> tuple[Unmixer, dict]:
     settings = state["settings"]
     if settings["candidates"] is None:
         raise UsageError(f"{run} learnt --task {settings['task']}, so it cannot tell weights; give a run on mixtures")
-    names = ("encoder", "decoder", "size", "hidden", "temperature", "widths")
-    model = build_model(**{name: settings.get(name) for name in names})
+    model = build_model(*(settings[name] for name in ("encoder", "decoder", "size")), widths=settings["widths"])
     checkpoint.load_weights(model, state["model"], f"the checkpoint in {run}")
     return model, settings
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from augment import CROP, draw_views, make_views
+from augment import draw_views, make_views
 from data import get_dataloaders, open_pretext
 from engine import AMP, DEVICES, Trainer, choose_amp, choose_device, device_name
 from harness import checkpoint, command, folder, ranks
@@ -58,12 +58,12 @@ class TwoViews(NamedTuple):
 class Agree(Task):
     """The task of all methods: the outputs for two views of an image, P each, should agree. `loss(first, second)`."""
 
-    def __init__(self, size: int, loss, crop: float = CROP):
-        self.size, self.loss, self.crop = size, loss, crop
+    def __init__(self, size: int, loss):
+        self.size, self.loss = size, loss
 
     def draw(self, images: torch.Tensor, rng: torch.Generator) -> list[torch.Tensor]:
         """The views."""
-        return [draw_views(2 * len(images), rng, self.crop)]
+        return [draw_views(2 * len(images), rng)]
 
     def ask(self, images: torch.Tensor, drawn: list[torch.Tensor], labels: torch.Tensor | None = None) -> TwoViews:
         """images B 3 H H uint8 and what `draw` returned -> TwoViews."""
@@ -139,13 +139,12 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     add("--size", type=command.integer(8, 1024), default=32, help="side of a view, px")
     grow = "views start with half of that side (default: with the encoder conv)"
     add("--grow", action=argparse.BooleanOptionalAction, help=grow)
-    add("--crop", type=command.crop, default=CROP, help="smallest share of an image in a view, give or take its aspect")
     add = parser.add_argument_group("network").add_argument
     add("--encoder", default="conv", help="what is kept: conv, or a classification network of torchvision by name")
     add("--widths", type=command.integer(1), nargs="+", help="channels of conv's convolutions (default: 32 64 128 256)")
     add("--width", type=command.integer(1), default=512, help="width of the head's hidden layer")
     add("--temperature", type=command.positive, help="of the loss (default: simclr 0.2, swav 0.1)")
-    add("--momentum", type=command.crop, default=0.99, help="byol: of the slow copy")
+    add("--momentum", type=command.share, default=0.99, help="byol: of the slow copy")
     add("--prototypes", type=command.integer(2), default=512, help="swav: how many")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=command.integer(1), default=50, help="passes over the images")
@@ -187,7 +186,7 @@ def make_model(args: argparse.Namespace) -> tuple[nn.Module, Agree]:
         loss = lambda *both: sum(distance(*part.chunk(2, dim=1)) for part in both) / 2  # noqa: E731
     else:
         model, loss = Headed(encoder, heads.VICRegProjectionHead(D, width, width, num_layers=2)), VICRegLoss()
-    return model, Agree(args.size, loss, args.crop)
+    return model, Agree(args.size, loss)
 
 
 def main() -> None:

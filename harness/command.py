@@ -74,7 +74,6 @@ def _number(what: str, fits: Callable[[float], bool], hint: str) -> Callable[[st
 
 rate = _number("a learning rate", lambda value: 0 < value < 1e3, "a number above 0, such as 1e-3")
 positive = _number("above 0", lambda value: 0 < value < 1e3, "a number such as 0.5")
-crop = _number("a share", lambda value: 0.01 <= value <= 1, "a number from 0.01 to 1")
 share = _number("a share", lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 

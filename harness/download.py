@@ -19,7 +19,6 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -62,13 +61,12 @@ EASY = ("n01443537", "n02988304", "n03796401", "n03854065", "n03837869",
 HARD = ("n02085620", "n02094433", "n02099601", "n02099712", "n02106662",  # dogs
         "n02113799", "n02123045", "n02123394", "n02124075", "n02125311")  # another, three cats, a cougar  # fmt: skip
 # The 40 of probe40.
-# fmt: off
-OTHERS = ("n01629819", "n01641577", "n01698640", "n01774750", "n01984695", "n02058221", "n02233338", "n02364673",
-          "n02480495", "n02486410", "n02669723", "n02843684", "n02892201", "n02909870", "n02950826", "n03042490",
-          "n03085013", "n03201208", "n03255030", "n03388043", "n03733131", "n03838899", "n03930313", "n03970156",
-          "n03976657", "n03980874", "n03983396", "n04008634", "n04070727", "n04259630", "n04366367", "n04456115",
-          "n04486054", "n04532670", "n04597913", "n07711569", "n07715103", "n07720875", "n09246464", "n10148035")
-# fmt: on
+OTHERS = ("n01629819", "n01641577", "n01698640", "n01774750", "n01984695", "n02058221", "n02233338",
+          "n02364673", "n02480495", "n02486410", "n02669723", "n02843684", "n02892201", "n02909870",
+          "n02950826", "n03042490", "n03085013", "n03201208", "n03255030", "n03388043", "n03733131",
+          "n03838899", "n03930313", "n03970156", "n03976657", "n03980874", "n03983396", "n04008634",
+          "n04070727", "n04259630", "n04366367", "n04456115", "n04486054", "n04532670", "n04597913",
+          "n07711569", "n07715103", "n07720875", "n09246464", "n10148035")  # fmt: skip
 
 
 def fetch(name: str, data_dir: str | Path) -> Path:
@@ -232,8 +230,7 @@ def unpack_tiny_imagenet(name: str, file: Path, folder: Path, bar: tqdm) -> None
     """
     with zipfile.ZipFile(file) as archive:
         chosen = []  # (target, member)
-        classes = OTHERS if name == "probe40" else EASY + HARD
-        for label, members in _tiny_imagenet_classes(archive, file, classes, name == "tinywang").items():
+        for label, members in _tiny_imagenet_classes(archive, file, name).items():
             ranked = sorted(members, key=lambda image: hashlib.md5(image.encode(), usedforsecurity=False).hexdigest())
             train, val = round(0.1 * len(ranked)), round(0.4 * len(ranked))
             for rank, image in enumerate(ranked):
@@ -252,11 +249,9 @@ def unpack_tiny_imagenet(name: str, file: Path, folder: Path, bar: tqdm) -> None
             bar.update()
 
 
-def _tiny_imagenet_classes(
-    archive: zipfile.ZipFile, file: Path, names: Sequence[str], with_val: bool
-) -> dict[str, dict[str, zipfile.ZipInfo]]:
-    """{class: {file's name: member}} of some classes: the images of `train`, and of `val` if wanted."""
-    classes, val = {name: {} for name in names}, {}
+def _tiny_imagenet_classes(archive: zipfile.ZipFile, file: Path, name: str) -> dict[str, dict[str, zipfile.ZipInfo]]:
+    """{class: {file's name: member}} of tinywang or probe40: the images of `train`, and for tinywang those of `val`."""
+    classes, val = {label: {} for label in (OTHERS if name == "probe40" else EASY + HARD)}, {}
     try:
         with archive.open("tiny-imagenet-200/val/val_annotations.txt") as lines:
             val = dict(line.decode().split("\t")[:2] for line in lines)
@@ -264,10 +259,10 @@ def _tiny_imagenet_classes(
         raise RunError(f"{file} has no val/val_annotations.txt as Tiny ImageNet has; remove it") from error
     for member in archive.infolist():
         if found := re.fullmatch(r"[^/]+/(?:train/(\w+)/images|val/images)/([^/\\]+\.JPEG)", member.filename):
-            name = found[1] or (val.get(found[2]) if with_val else None)
-            if name in classes:
-                classes[name][found[2]] = member
-    for name, members in classes.items():
+            label = found[1] or (val.get(found[2]) if name == "tinywang" else None)
+            if label in classes:
+                classes[label][found[2]] = member
+    for label, members in classes.items():
         if not members:
-            raise RunError(f"{file} has no image of the class {name}, so it is not Tiny ImageNet; remove it")
+            raise RunError(f"{file} has no image of the class {label}, so it is not Tiny ImageNet; remove it")
     return classes

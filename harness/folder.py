@@ -27,7 +27,7 @@ from harness.files import hold, refuse_inside, unusable, write_json
 from harness.log import SUBRUNS
 from harness.ranks import RANK
 
-FORMAT = 5  # of the training state; another one whenever older states cannot go on
+FORMAT = 6  # of the training state; another one whenever older states cannot go on
 RUN_FILES = [  # what a run writes; nothing else is removed by --overwrite
     *["settings.json", "settings.resumed-*.json", "history.csv", "summary.json", "predictions.csv", "encoder.pt"],
     *["validation.png", "validation.before.png", "checkpoint.pt*", "checkpoint.new.pt*", "checkpoint.previous.pt*"],
@@ -137,13 +137,9 @@ def make(folder: Path, args: argparse.Namespace, device: str) -> Path:
     except OSError as error:
         raise unusable("out", folder, error) from error
     versions = {module.__name__: module.__version__ for module in (torch, torchvision, numpy, PIL)}
-    settings = {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "settings": vars(args),
-        "versions": {"python": platform.python_version(), **versions},
-        "revision": _git_revision(),
-        "device": device,
-    }
+    settings = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "settings": vars(args)}
+    settings |= {"versions": {"python": platform.python_version(), **versions}, "revision": _git_revision()}
+    settings |= {"device": device}
     before = len(list(folder.glob("settings.json")) + list(folder.glob("settings.resumed-*.json")))
     write_json(settings, folder / (f"settings.resumed-{before}.json" if before else "settings.json"))
     return folder

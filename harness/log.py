@@ -59,10 +59,6 @@ class Log:
         """A picture."""
         self.writer(subrun).add_image(tag, np.asarray(picture.convert("RGB")), epoch, dataformats="HWC")
 
-    def text(self, tag: str, text: str) -> None:
-        """A text, shown as it is."""
-        self.writer().add_text(tag, "    " + text.replace("\n", "\n    "))
-
     def histograms(self, model: nn.Module, epoch: int) -> None:
         """Weights and last gradients of every layer, or about ten thousand of them, evenly spread."""
         for name, parameter in model.named_parameters():

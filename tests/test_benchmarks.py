@@ -110,7 +110,8 @@ def test_the_tables_are_those_of_the_results(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "args, message",
     [
-        (("three",), "three is no recipe: use scratch, rotation, unmix"),
+        (("three",), "three is no recipe that this version can run: use scratch, rotation, unmix"),
+        (("cosine",), "cosine is no recipe that this version can run"),
     ],
 )
 def test_what_cannot_be_run_is_one_line(script, args, message):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from planted import FAULTS
 
+import checks
 import ladder
 from augment import generator
 from engine import Trainer
@@ -50,14 +51,14 @@ def first_failing(end):
 @pytest.fixture
 def plant(monkeypatch):
     """Plant a bug in the subject that the next ladder climbs."""
-    climb = ladder.climb
+    climb = checks.climb
 
     def arm(fault):
-        def planted(subject):
+        def planted(names, subject):
             FAULTS[fault](subject)
-            yield from climb(subject)
+            yield from climb(names, subject)
 
-        monkeypatch.setattr(ladder, "climb", planted)
+        monkeypatch.setattr(checks, "climb", planted)
 
     return arm
 
@@ -151,23 +152,9 @@ def test_the_users_own_choice_of_parts_is_debugged(debug):
     ],
 )
 def test_healthy_choices_pass_the_checks_before_learning(debug, monkeypatch, args):
-    checks = dict(list(CHECKS.items())[:8])
-    monkeypatch.setattr(ladder, "CHECKS", checks)
+    monkeypatch.setattr(ladder, "CHECKS", dict(list(CHECKS.items())[:8]))
     end = debug(*args)
     assert end.status == 0 and end.out.count("✗") == 0, end.out
-
-
-@pytest.mark.parametrize("options, bf16", [((), False), (("--amp", "bf16"), True)])
-def test_precision_is_float32_unless_asked(debug, monkeypatch, options, bf16):
-    subjects = []
-    monkeypatch.setattr(ladder, "climb", lambda subject: subjects.append(subject) or climb_one(subject))
-    assert debug(*options).status == 0
-    assert subjects[0].make_trainer(subjects[0].make_model(None), None, 1).amp is bf16
-    assert "off by default" in " ".join(debug("--help").out.split())
-
-
-def climb_one(subject):
-    yield 0, "data", ladder.check_data(subject), 0.0
 
 
 def test_a_folder_with_copies_in_val_fails_the_data_check(debug, labelled):
@@ -177,14 +164,6 @@ def test_a_folder_with_copies_in_val_fails_the_data_check(debug, labelled):
     assert end.status == 1 and first_failing(end) == "data" and "are in training too" in end.out
 
 
-def test_pretrained_weights_that_cannot_be_had(script, monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    monkeypatch.setattr("torch.hub.urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
-    end = script("debug_overfit.py", "--encoder", "resnet18", "--pretrained")
-    lines = [line for line in end.err.splitlines() if not line.startswith("Downloading:")]  # torch.hub's own word
-    assert end.status == 2 and len(lines) == 1 and "pretrained weights of resnet18 are not in torch's cache" in lines[0]
-
-
 @pytest.mark.parametrize(("args", "message"), [
     (("--n", 1), "'1' is not a whole number"),
     (("--n", 4, "--candidates", 5), "--candidates 5 is more than --n 4 has"),
@@ -192,7 +171,6 @@ def test_pretrained_weights_that_cannot_be_had(script, monkeypatch, tmp_path):
     (("--task", "quadrant", "--sources", 4), "so use 4 or more"),
     (("--data", "nowhere"), "no such folder"),
     (("--n", 2000), "'2000' is not a whole number of 3 to 1024"),
-    (("--pretrained",), "--pretrained needs an encoder of torchvision"),
 ])  # fmt: skip
 def test_bad_input(script, args, message):
     end = script("debug_overfit.py", *args)

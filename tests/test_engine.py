@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from augment import generator
 from data import get_dataloaders, open_pretext
 from engine import Trainer, choose_amp, choose_device, is_matrix, learning_rate, memory, warm_up_norms
 from harness.errors import RunError, UsageError
@@ -76,7 +77,8 @@ def test_evaluation_weighs_batches_by_their_size(loaders):
 def test_warming_up_the_statistics_and_learns_nothing(loaders):
     t = trainer()
     weights = copy.deepcopy(dict(t.model.named_parameters()))
-    warm_up_norms(t.model, (question.inputs for question in t.training_questions(loaders[0])))
+    questions = (t.ask(t.task, *batch, generator(0, 0, number)) for number, batch in enumerate(loaders[0]))
+    warm_up_norms(t.model, (question.inputs for question in questions))
     assert all(torch.equal(weights[name], p) for name, p in t.model.named_parameters())
     norm = next(m for m in t.model.modules() if isinstance(m, nn.BatchNorm2d))
     assert norm.num_batches_tracked == 5 and norm.running_mean.abs().max() > 0

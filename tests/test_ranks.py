@@ -50,7 +50,7 @@ command.run(main)
 """
 CASES = [
     {"name": "mixup", "candidates": "batch"},
-    {"name": "mixup", "candidates": "batch", "symmetric": True, "decoder": "cosine"},
+    {"name": "mixup", "candidates": "batch", "decoder": "cosine"},
     {"name": "mixup", "candidates": 5, "decoder": "mlp"},
     {"name": "rotate"},
 ]
