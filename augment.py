@@ -73,7 +73,7 @@ def unpack(buffer: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Ten
 
 @functools.cache
 def _constants(device: torch.device) -> tuple[torch.Tensor, ...]:
-    """MEAN, STD and GREY on a device, copied once: a copy in every step would make the CPU wait for a GPU."""
+    """MEAN, STD, GREY / 255 and -MEAN / STD on a device, copied once: a copy in each step would make the CPU wait."""
     return MEAN.to(device), STD.to(device), GREY.to(device) / 255, -MEAN.to(device) / STD.to(device)
 
 

@@ -27,7 +27,7 @@ ENDS = {"softmax": (0, 1), "sigmoid": (0, 1), "relu": (0, math.inf), "tanh": (-1
 SEQUENCES = {"lstm", "gru", "rnn_tanh", "rnn_relu", "multi_head_attention_forward"}
 LAYERS = {*SEQUENCES, "linear", "matmul", "conv1d", "conv2d", "conv3d"}
 CUTS = ("detach", "data", "numpy", "item", "tolist", "tensor", "argmax", "one_hot")
-MOODS = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)  # what training mode is for
+NORMS, DROPOUTS = nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd  # what training mode is for
 Result = namedtuple("Result", "status figure why", defaults=[""])  # figure: measured (bound); why: if it failed
 
 
@@ -141,7 +141,7 @@ def misuse(call: Call, size: int) -> Iterator[tuple]:
     rows = x.detach().movedim(min(1, x.ndim - 1) if name != "kl_div" else -1, -1)
     bad = end in ENDS or "dropout" in end or rows.min() >= 0 and (rows.sum(-1) - 1).abs().max() < 1e-3
     why = f"{name} has its own softmax or sigmoid: leave out the {end or 'softmax'} before it."
-    why = f"{name} takes scores of any size: leave out the {end} before it." if end in ("relu", "tanh") else why
+    why = f"{name} takes any number as a score: leave out the {end} before it." if end in ("relu", "tanh") else why
     yield bad and name in ("cross_entropy", "binary_cross_entropy_with_logits"), f"{name} of answers of {end}", why
     bad = name in ("nll_loss", "kl_div") and (rows.logsumexp(-1).abs() > 1e-2).any()
     yield bad, f"{name} of answers of {end}", f"{name} wants logarithms: use log_softmax over the classes."
@@ -201,7 +201,7 @@ def check_examples(own: Own, single: bool = False) -> Iterator[tuple]:
 
 
 def check_future(own: Own) -> Iterator[tuple]:
-    """A model that foretells the next step of a sequence does not see it."""
+    """A model that predicts the next step of a sequence does not see it."""
     trace = own.ask(p := own.fresh(), own.few)
     out, x = (next(iter(found), torch.zeros(())) for found in (trace.outs, trace.inputs))
     if not out.grad_fn or x.ndim != 2 or x.is_floating_point() or out.ndim != 3 or out.shape[:2] != x.shape:
@@ -214,7 +214,7 @@ def check_future(own: Own) -> Iterator[tuple]:
     p.model.register_forward_pre_hook(lambda module, given: (y, *given[1:]))
     moved = (own.ask(p, own.few).outs[0] - out).abs().amax((0, 2)) > 1e-6
     past, later = moved[:middle].any(), moved[middle + 1 :].any()
-    why = f"The model sees what it foretells: the causal mask {'is missing' if later else 'is the wrong way round'}."
+    why = f"The model sees what it predicts: the causal mask {'is missing' if later else 'is the wrong way round'}."
     yield shift and past, "a later step moves earlier answers (not)", why
     bad, why = shift == 2 or shift == 0 and later and not past, "Shift once: inputs[:, :-1] against targets[:, 1:]."
     yield bad, f"the targets are the inputs {shift} steps ahead (1, if any)", why
@@ -249,8 +249,8 @@ def check_gradient(own: Own) -> Iterator[tuple]:
 
 
 def practise(own: Own, steps: int, plain: float = 0, adam: bool = False, mix: bool = False) -> tuple:
-    """Take steps on a few examples: by one's own loop, or a plain one with `plain` times the learning rate; `mix`: with
-    inputs of other examples. Returns the pieces, the loss at the start and the end, and the learning rates."""
+    """Take steps on a few examples: by one's own loop, or a plain one with `plain` times the learning rate; `adam`: by
+    AdamW at 1e-3; `mix`: with inputs of other examples -> the pieces, loss at the start and the end, learning rates."""
     p, rates, started = own.fresh(), [], time.perf_counter()
     if adam or not p.optimizer:
         p = p._replace(optimizer=torch.optim.AdamW(p.model.parameters(), 1e-3))
@@ -284,7 +284,7 @@ def check_steps(own: Own) -> Iterator[tuple]:
         modes.clear()
         torch.manual_seed(own.seed)
         p.step(own.copy(own.few))
-        bad = modes == {False} and any(isinstance(m, MOODS) for m in p.model.modules())
+        bad = modes == {False} and any(isinstance(m, (NORMS, DROPOUTS)) for m in p.model.modules())
         yield bad, "the network is trained in eval mode", "Call model.train() before each step."
         before, got = [0 * due, due, *found][-2:]
         yield got.norm() == 0, "the optimiser gets no gradient", "The order is: zero_grad, backward, step."
@@ -308,8 +308,8 @@ def check_steps(own: Own) -> Iterator[tuple]:
 def check_overfit(own: Own) -> Iterator[tuple]:
     """A few examples are learnt by heart, in eval mode too, and only if each is given its own inputs."""
     for name, m in own.fresh().model.named_modules():
-        odd = isinstance(m, MOODS[1]) and m.p >= 0.9
-        odd |= isinstance(m, MOODS[0]) and m.momentum is not None and not 1e-4 < m.momentum < 0.9
+        odd = isinstance(m, DROPOUTS) and m.p >= 0.9
+        odd |= isinstance(m, NORMS) and m.momentum is not None and not 1e-4 < m.momentum < 0.9
         yield odd, f"`{name}` is {m}", "p is the share that is dropped, momentum that of the new batch: small ones."
     run, start, end, rates = practise(own, STEPS)
     if len(rates) < FEWEST:

@@ -195,7 +195,7 @@ class Images:
         entries = hashlib.sha256(json.dumps(self.listing.entries).encode()).hexdigest()
         return scale | known | {"list of images": entries}
 
-    def skipped(self, allowed: bool = True) -> dict[str, str]:
+    def warn_of_skipped(self, allowed: bool = True) -> dict[str, str]:
         """{"warning": text} if a tenth of the images or more were skipped, of the files that are named as images; else
         {}. Raises UsageError from half on, unless that is `allowed`."""
         named = lambda path: (mimetypes.guess_type(path, strict=False)[0] or "").startswith("image/")  # noqa: E731
@@ -225,9 +225,9 @@ class Images:
 
 def open_images(listing: Listing, size: int, data_dir: str | Path, ranges: dict[str, list] | None = None) -> Images:
     """The pixels of a data set, from the cache in `data_dir`; decoded if no cache of the very same files is there. They
-    are stored at twice the side of a view (`size`, px), so that a crop is sharp too, or at their own if smaller. With
-    `ranges` of others they have another cache. Raises UsageError if nothing of a split could be decoded or the cache
-    cannot be written, RunError if the disk is full."""
+    are stored at twice the side of a view (`size`, px), so that a crop is sharp too, or at their own if smaller. If
+    `ranges`, another run's, are not what these images have, a second cache is made. Raises UsageError if nothing of a
+    split could be decoded or the cache cannot be written, RunError if the disk is full."""
     side = min(2 * size, listing.native or 2 * size)
     if side <= size and (larger := sum(other >= 2 * side for other in listing.sides)):
         share = f"{larger} of {len(listing.sides)} in a sample are larger, and lose detail"
@@ -314,7 +314,7 @@ class ImageDataset(Dataset):
         return places
 
     def collate(self, places: np.ndarray | torch.Tensor | slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Places of B images among the rows -> images B 3 H H uint8, labels B int64."""
+        """Places of B images among the rows -> images B 3 H H uint8 (or features B D), labels B int64."""
         if self.resident is None:
             rows = self.rows[places]
             return torch.from_numpy(self.images.pixels[rows]), self.images.labels[rows]

@@ -2,10 +2,10 @@
 
     python debug_overfit.py --own my_setup.py              a network of your own: docs/debugging.md
     python debug_overfit.py --n 8                          the ladder of this project's networks
-    python debug_overfit.py --decoder dot --loss mse       with your own choice of parts: the obvious version
-    python debug_overfit.py --encoder resnet18
+    python debug_overfit.py --decoder dot --loss mse       with other parts: a pair that never learns
+    python debug_overfit.py --encoder resnet18             with a network of torchvision
 
-Exit status 0 if no check fails, 1 if one does: it is explained, and the ladder ends there.
+Exit status 0 if no check fails, 1 if one does: it is explained, and the ladder ends there. 2 is wrong use.
 """
 
 import argparse
@@ -36,19 +36,19 @@ def parse() -> argparse.Namespace:
     integer, switch = command.integer, argparse.BooleanOptionalAction
     parser = command.Parser(__doc__)
     parser.add_argument("--n", type=integer(3, 1024), default=8, help="examples to overfit")
-    parser.add_argument("--own", metavar="FILE", type=command.place, help="a file with your own setup()")
+    parser.add_argument("--own", metavar="FILE", type=command.place, help="your own setup() (default: this project's)")
     add = parser.add_argument_group("images").add_argument
     names = ", ".join(ARCHIVES)
     add("--data", type=command.place, default="photos", help=f"`photos` (bundled), a folder, or {names}: fetched")
     add("--data-dir", type=command.place, default="data", help="folder for data sets by name, and for decoded images")
     add("--size", type=integer(8, 1024), default=32, help="side of a view, px")
     add = parser.add_argument_group("question").add_argument
-    add("--task", choices=TASKS, default="mixup", help="`mixup`: how much of each image is in the mixture?")
+    add("--task", choices=TASKS, default="mixup", help="`mixup`: how much of each image is in it? others: see tasks.py")
     add("--candidates", type=integer(2, word="batch"), default=3, help="how many, or `batch`: all examples")
     add("--sources", type=integer(2), default=2, help="images in a mixture")
     add("--views", action=switch, default=True, help="candidates show another crop, flip and colour than was mixed")
     add("--activation", choices=ACTIVATIONS, default="softmax", help="weights as a distribution, or each by itself")
-    add("--loss", choices=LOSSES, default="kl", help="cross-entropy less its floor, or squared error")
+    add("--loss", choices=LOSSES, default="kl", help="cross-entropy less the truth's own entropy, or squared error")
     add = parser.add_argument_group("network").add_argument
     add("--encoder", default="conv", help="conv, or a classification network of torchvision by name")
     add("--decoder", choices=DECODERS, default="ridge", help="what compares mixture and candidates")
@@ -67,7 +67,7 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def assemble(args: argparse.Namespace, log: Log | None = None) -> Subject:
+def assemble(args: argparse.Namespace) -> Subject:
     """The pieces of a training run on the first n of the shuffled images, with the parts that the options choose."""
     device = choose_device(args.device)
 
@@ -95,7 +95,7 @@ def assemble(args: argparse.Namespace, log: Log | None = None) -> Subject:
     pixels = torch.from_numpy(images.pixels[rows]).to(device)
     loaders = {"train_loader": train_loader, "val_loader": val_loader}
     makers = {"make_task": make_task, "make_model": make_model, "make_trainer": make_trainer}
-    return Subject(images, train, val, pixels=pixels, task=args.task, seed=args.seed, log=log, **loaders, **makers)
+    return Subject(images, train, val, pixels=pixels, task=args.task, seed=args.seed, **loaders, **makers)
 
 
 def own_setup(file: str) -> Callable:

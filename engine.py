@@ -205,7 +205,7 @@ class Trainer:
         self.taken = 0  # steps
         self.running = Running(self.device)  # of this epoch
         self.sound = torch.ones((), dtype=torch.bool, device=self.device)  # whether every step was finite
-        self.first, self.sound_steps = 0, torch.zeros((), dtype=torch.long, device=self.device)
+        self.first, self.sound_steps = 0, torch.zeros((), dtype=torch.long, device=self.device)  # since the start
         self.parallel = self.model  # the model, wrapped if there are several ranks
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # every batch has the same shape

@@ -55,7 +55,7 @@ def main() -> None:
     if len(images.rows("train", "unsup")) > 2:
         mixtures(images, args.size, args.seed).save(out / "mixtures.png")
         print(f"{out}/mixtures.png    mixtures as the network sees them, and their weights")
-    for warning in images.skipped().values():
+    for warning in images.warn_of_skipped().values():
         print(f"warning: {warning}")
 
 

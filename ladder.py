@@ -48,7 +48,7 @@ class Subject:
     make_model: Callable[[int | None], nn.Module]  # (classes): fresh, the same at every call
     make_trainer: Callable[[nn.Module, object, int], Trainer]  # (model, task, steps)
     seed: int
-    log: Log
+    log: Log | None = None  # set before the ladder is climbed
 
     def question(self, task: WeightTask | LabelTask):
         """The task's question about the examples, the same at every call."""
@@ -73,7 +73,7 @@ class Subject:
 
 
 def check_data(s: Subject) -> Result:
-    """Length, shapes, dtypes and ranges are the contract's; classes are those of train/; nothing is in two splits."""
+    """Lengths, shapes, dtypes and ranges are what the loop expects; labels are right; hardly any image is in both."""
     for split, loader, rows in (("training", s.train_loader, s.train), ("validation", s.val_loader, s.val)):
         if len(loader.dataset) != len(rows):
             why = "The data set's length is wrong. Likely: an off-by-one in __len__. Return the number of rows."
@@ -94,7 +94,7 @@ def check_data(s: Subject) -> Result:
         return Result(FAILED, f"views have standard deviation {std:.2f} {bounds}", why)
     for (path, split, _), label in zip(s.images.listing.entries, s.images.labels.tolist(), strict=True):
         if split != "unsup" and (name := s.images.listing.classes[label]) != path.split("/")[1]:
-            why = f"Labels of {split}/ are not those of train/. Likely: renumbered from 0. Take train/'s, by name."
+            why = f"Labels of {split}/ are not the class indices of train/. Likely: renumbered from 0. Number by name."
             return Result(FAILED, f"{path} has the label of {name!r}", why)
     digests = [hashlib.blake2b(image).digest() for image in s.images.pixels]
     trained, held_out = {digests[row] for row in s.train}, [*s.val, *s.images.rows("val")]

@@ -90,17 +90,17 @@ def torchvision_encoder(name: str) -> nn.Module:
     return net
 
 
-def build_encoder(name: str, size: int | None = None, **shape) -> nn.Module:
-    """The encoder of that name, one of `ENCODERS`; `encoder.out_features` is D. `shape`: `widths` and `blocks` of conv,
-    see `ConvEncoder`. Raises UsageError if the name is unknown, if the network cannot be used as an encoder, or if it
-    does not take views of `size` px (None: not checked)."""
+def build_encoder(name: str, size: int | None = None, widths: Sequence[int] = (), blocks: int = 1) -> nn.Module:
+    """The encoder of that name, one of `ENCODERS`; `encoder.out_features` is D. For `widths` (empty: the default) and
+    `blocks` of conv see `ConvEncoder`. Raises UsageError if the name is unknown, if the network cannot be used as an
+    encoder, or if it does not take views of `size` px (None: not checked)."""
     if name not in ENCODERS:
         close = ", ".join(difflib.get_close_matches(name, ENCODERS, 3) or ["resnet18"])
         problem = f"is unknown: use conv, or a classification network of torchvision, such as {close}"
         raise ValueProblem("encoder", name, problem)
-    if shape and name != "conv":
+    if widths and name != "conv":
         raise ValueProblem("widths", None, f"is of the encoder conv; {name} has widths of its own")
-    encoder = ConvEncoder(**shape) if name == "conv" else torchvision_encoder(name)
+    encoder = ConvEncoder(widths or WIDTHS, blocks) if name == "conv" else torchvision_encoder(name)
     if size is not None:
         check_size(encoder, name, size)
     return encoder.train()
@@ -188,8 +188,8 @@ class Decoder(nn.Module):
 
 
 class ByNumber(nn.Module):
-    """Learned numbers that may depend on the number of candidates n: start + slope * log(n / 64); 64 are the default
-    batch, so a network that is asked about the whole batch alone learns `start` alone."""
+    """Learned numbers that may depend on the number of candidates n: start + slope * log(n / 64). With n = 64, the size
+    of the default batch, the slope has no effect."""
 
     def __init__(self, **start: float):
         super().__init__()
@@ -235,8 +235,8 @@ class Projection(nn.Sequential):
 
 
 class CosineDecoder(Decoder):
-    """The cosine of the projections over a temperature, which is learned, from 0.1 on. With a fixed one: SimCLR (Chen
-    et al. 2020, section 2.1)."""
+    """The cosine of the projections, divided by a temperature that is learned, from 0.1 on (SimCLR's is fixed: Chen et
+    al. 2020, section 2.1)."""
 
     def __init__(self, features: int, projection: int = 256):
         super().__init__()
@@ -355,7 +355,7 @@ def build_model(
 ) -> Unmixer | Classifier:
     """The network for views of `size` px: an Unmixer, or with `classes` a Classifier, which has no decoder. For
     `widths` see ConvEncoder. Raises UsageError."""
-    net = build_encoder(encoder, size, **({"widths": widths} if widths else {}))
+    net = build_encoder(encoder, size, widths or ())
     if classes:
         return Classifier(net, classes)
     return Unmixer(net, build_decoder(decoder, net.out_features))

@@ -13,11 +13,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from harness.errors import UsageError, describe, place
+from harness.errors import UsageError, code_line, describe
 
 LOOKED = 8  # batches looked at
 HERE = os.path.dirname(os.path.abspath(__file__))
-LIBRARY = (os.path.dirname(torch.__file__), os.path.join(HERE, "checks.py"), os.path.join(HERE, "own.py"), "<")  # files
+LIBRARY = (os.path.dirname(torch.__file__), *(os.path.join(HERE, f) for f in ("checks.py", "own.py")), "<")
 Pieces = namedtuple("Pieces", "model loss batches optimizer step", defaults=[None])  # what a setup returns
 Call = namedtuple("Call", "name args kwargs out tensors line grad")  # tensors: those among the arguments
 
@@ -37,7 +37,7 @@ class Trace(TorchFunctionMode):
             frame = sys._getframe(1)
             while frame.f_back and frame.f_code.co_filename.startswith(LIBRARY):
                 frame = frame.f_back
-            line, grad = place(frame.f_code.co_filename, frame.f_lineno), torch.is_grad_enabled()
+            line, grad = code_line(frame.f_code.co_filename, frame.f_lineno), torch.is_grad_enabled()
             self.calls.append(Call(name, args, kwargs or {}, out, tensors(args, kwargs), line, grad))
         return out
 
@@ -94,7 +94,8 @@ class Own:
         return pytree.tree_map_only(torch.Tensor, pick, batch)
 
     def ask(self, p: Pieces, batch: object, train: bool = False, seed: int = 0) -> Trace:
-        """Call the loss, always with the same random numbers. The model's mode stays as it is."""
+        """Call the loss with the same random numbers each time -> Trace, also with `loss`, `random`, and the model's
+        `inputs` and `outs`. The model's mode stays as it is."""
         mode, trace, self.heard = p.model.training, Trace(), []
         trace.calls = []
         with torch.random.fork_rng(), trace:

@@ -94,10 +94,8 @@ class WeightTask(Task):
         return weights.log() if self.activation == "softmax" else weights.logit()
 
     def score(self, logits: torch.Tensor | tuple, question: Question) -> dict[str, torch.Tensor]:
-        """Means over the batch: loss (0 when perfect), source_accuracy and weight_mae, both in [0, 1].
-
-        The losses of several tables are added; the other two are about the last table.
-        """
+        """Logits B n, or a tuple of one for each table of the question -> means over the batch: loss, 0 when perfect;
+        source_accuracy and weight_mae, in [0, 1]. Losses of several tables are added; the others are of the last."""
         several = isinstance(logits, tuple)
         tables = list(zip(logits, question.weights, strict=True)) if several else [(logits, question.weights)]
         losses = []
@@ -135,7 +133,7 @@ class MixupTransform(WeightTask):
     views       the candidates show another view than the one that was mixed; else the very same pixels
     size        side of a view, px
 
-    With "batch", softmax and kl it is asked the other way round too: how much of each mixture is from this candidate?
+    With "batch", softmax and kl it is asked the other way round, too: which share of this image is in each mixture?
     """
 
     def __init__(

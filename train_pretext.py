@@ -68,15 +68,15 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     add("--data", type=command.place, default="photos", help=f"`photos` (bundled), a folder, or {names}: fetched")
     add("--data-dir", type=command.place, default="data", help="folder for data sets by name, and for decoded images")
     add("--size", type=integer(8, 1024), default=32, help="side of a view, px")
-    add("--grow", action=switch, help="smaller views in the first epochs, see view_size (default: with conv)")
+    add("--grow", action=switch, help="views of half of --size at first, see docs/speed.md (default: with conv)")
     add("--allow-skipped", action="store_true", help="go on if half of the images or more cannot be used")
     add = parser.add_argument_group("question").add_argument
-    add("--task", choices=TASKS, default="mixup", help="`mixup`: how much of each image is in the mixture?")
+    add("--task", choices=TASKS, default="mixup", help="`mixup`: how much of each image is in it? others: see tasks.py")
     add("--candidates", type=integer(2, word="batch"), help="how many; `batch`: all images (default: batch; scale: 3)")
     add("--sources", type=integer(2), default=2, help="images in a mixture")
     add("--views", action=switch, default=True, help="candidates show another crop, flip and colour than was mixed")
     add("--activation", choices=ACTIVATIONS, default="softmax", help="weights as a distribution, or each by itself")
-    add("--loss", choices=LOSSES, default="kl", help="cross-entropy less its floor, or squared error")
+    add("--loss", choices=LOSSES, default="kl", help="cross-entropy less the truth's own entropy, or squared error")
     add = parser.add_argument_group("network").add_argument
     add("--encoder", default="conv", help="what is kept: conv, or a classification network of torchvision by name")
     add("--widths", type=integer(1), nargs="+", help="channels of conv's convolutions (default: 32 64 128 256)")
@@ -139,7 +139,7 @@ def main() -> None:
     place = folder.choose(args, "pretext")
     with ranks.first_rank_first():  # it downloads and decodes
         images, train, val = open_pretext(args.data, args.size, args.data_dir, args.batch_size, args.ranges)
-    warned, args.ranges = images.skipped(args.allow_skipped), dict(images.listing.ranges)
+    warned, args.ranges = images.warn_of_skipped(args.allow_skipped), dict(images.listing.ranges)
     loaders = get_dataloaders(images, train, val, args.batch_size, args.seed, device, args.images)
     steps = args.epochs * len(loaders[0])
     trainer = Trainer(model, task, lr=args.lr, steps=steps, seed=args.seed, device=device, amp=amp)

@@ -44,11 +44,11 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     integer = command.integer
     parser = command.Parser(__doc__)
     start = "a pretext run's folder, an encoder.pt, or `scratch`"
-    parser.add_argument("starts", nargs="*", metavar="START", help=start)
+    parser.add_argument("starts", nargs="*", metavar="START", help=f"{start} (default: those of --resume)")
     add = parser.add_argument_group("images").add_argument
     add("--data", type=command.place, help="as in train_pretext.py (default: that of the first START)")
     add("--data-dir", type=command.place, default="data", help="folder for data sets by name, and for decoded images")
-    add("--encoder", help="of `scratch` (default: that of the first START, else conv)")
+    add("--encoder", help="that of `scratch` (default: that of the first START, else conv)")
     add("--size", type=integer(8, 1024), help="side of a view, px (default: that of the first START)")
     add("--allow-skipped", action="store_true", help="go on if half of the images or more cannot be used")
     add = parser.add_argument_group("training").add_argument
@@ -57,7 +57,7 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     add("--runs", type=integer(1), default=1, help="repetitions, with seeds --seed, --seed + 1, …")
     add("--batch-size", type=integer(2), default=64, help="images in a step")
     add("--lr", type=command.rate, default=1e-3, help="peak learning rate of AdamW")
-    add("--encoder-rate", type=command.share, default=0.5, help="finetune: the encoder's, as a share of --lr")
+    add("--encoder-rate", type=command.share, default=0.5, help="finetune: the encoder's rate, as a share of --lr")
     add("--freeze", type=integer(0), default=5, help="finetune: epochs for the head alone before the others")
     add("--seed", type=integer(0, 2**32 - 1), default=0, help="fixes all that is random")
     add("--device", choices=DEVICES, default="auto", help="where to compute; auto: a GPU if there is one")
@@ -86,7 +86,7 @@ def main() -> None:
     starts = open_starts(args)
     place = folder.choose(args, f"transfer-{args.mode}")
     data = open_labelled(args.data, args.size, args.data_dir, starts[0].ranges)
-    warned = data.images.skipped(args.allow_skipped)
+    warned = data.images.warn_of_skipped(args.allow_skipped)
     for start, (kind, own) in itertools.product(starts, data.images.listing.ranges.items()):
         if start.state is not None and start.ranges.get(kind) != own:
             print(f"note: {start.name} saw {kind} images at another scale, or none", file=sys.stderr)

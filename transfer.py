@@ -44,7 +44,7 @@ class Start:
     data: str  # what it was pretrained on
     state: dict | None = None  # the encoder's weights; None: random ones
     digest: str = ""  # of the file that holds the weights
-    shape: dict = field(default_factory=dict)  # of the encoder conv
+    shape: dict = field(default_factory=dict)  # widths and blocks of the encoder conv; {} of others
     ranges: dict = field(default_factory=dict)  # what it saw as black and as white beyond 8 bits
 
     def build(self, seed: int) -> nn.Module:
@@ -205,7 +205,7 @@ def answer_of(corrected: torch.Tensor, plain: torch.Tensor, held: torch.Tensor, 
 
 
 # The probes. Each maps standardised features of N training images, N D, their labels N, features of M validation
-# images, M D, the number of classes C and the validation images' classes H to an Answer: on the CPU, without chance.
+# images, M D, the number of classes C, and the validation images' classes H to an Answer. Nothing in them is random.
 
 
 def ridge_probe(train: torch.Tensor, labels: torch.Tensor, val: torch.Tensor, C: int, held: torch.Tensor) -> Answer:

@@ -33,8 +33,8 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("run", metavar="RUN", help="the folder of a pretext run")
     add("images", nargs="+", metavar="IMAGE", help="the candidates: two or more image files")
-    add("--weights", type=float, nargs="+", default=[0.3, 0.7], help="of the first images, which are mixed; sum 1")
-    add("--mixture", type=command.place, metavar="FILE", help="a mixture as it is (default: one of the first images)")
+    add("--weights", type=float, nargs="+", default=[0.3, 0.7], help="of the first images, sum 1 (default: 0.3 0.7)")
+    add("--mixture", type=command.place, metavar="FILE", help="a mixture to ask about (default: mix the first images)")
     add("--seed", type=command.integer(0, 2**32 - 1), default=0, help="of the views that are mixed")
     add("--device", choices=DEVICES, default="auto", help="where to compute; auto: a GPU if there is one")
     add("--out", type=command.place, default="unmix.png", help="file for the picture")
@@ -102,7 +102,7 @@ def open_run(run: str) -> tuple[Unmixer, dict]:
     settings = state["settings"]
     if settings["candidates"] is None:
         raise UsageError(f"{run} learnt --task {settings['task']}, so it cannot tell weights; give a run on mixtures")
-    model = build_model(*(settings[name] for name in ("encoder", "decoder", "size")), widths=settings["widths"])
+    model = build_model(**{name: settings[name] for name in ("encoder", "decoder", "size", "widths")})
     checkpoint.load_weights(model, state["model"], f"the checkpoint in {run}")
     return model, settings
 

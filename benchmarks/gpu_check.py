@@ -248,7 +248,7 @@ def waits(args: argparse.Namespace) -> dict:
 
 
 def commands(args: argparse.Namespace) -> dict:
-    """The commands as a user types them: two epochs, gone on with; other recipes; transfer in its three modes."""
+    """The commands as a user types them: two epochs, gone on with; other recipes; transfer in three of its modes."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
 

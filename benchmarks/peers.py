@@ -137,7 +137,7 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     add("--data", type=command.place, default="photos", help=f"`photos` (bundled), a folder, or {names}: fetched")
     add("--data-dir", type=command.place, default="data", help="folder for data sets by name, and for decoded images")
     add("--size", type=command.integer(8, 1024), default=32, help="side of a view, px")
-    grow = "views start with half of that side (default: with the encoder conv)"
+    grow = "views of half of --size at first, see docs/speed.md (default: with conv)"
     add("--grow", action=argparse.BooleanOptionalAction, help=grow)
     add = parser.add_argument_group("network").add_argument
     add("--encoder", default="conv", help="what is kept: conv, or a classification network of torchvision by name")
@@ -173,7 +173,7 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
 
 def make_model(args: argparse.Namespace) -> tuple[nn.Module, Agree]:
     """The network and its task. Raises UsageError if there is no such encoder, or if the views are too small for it."""
-    encoder = build_encoder(args.encoder, size=args.size, **({"widths": args.widths} if args.widths else {}))
+    encoder = build_encoder(args.encoder, args.size, args.widths or ())
     D, width = encoder.out_features, args.width
     if args.method == "simclr":
         model = Headed(encoder, heads.SimCLRProjectionHead(D, width, PROJECTION))

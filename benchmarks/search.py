@@ -6,7 +6,7 @@
     python benchmarks/search.py --table                               write the tables, and README.md's, run nothing
 
 Encoders are pretrained on tinywang. They are judged by probes on probe40, 40 other classes, and on tinywang. Every
-judged encoder is a file in benchmarks/results/, with what it got right, and is not judged again. The encoders stay in
+judged encoder is a file in benchmarks/results/search/, with what it got right, and is not judged again. Encoders lie in
 --runs, so that the search can be stopped and continued, and a new way to judge needs no new training. Recipes are
 chosen with seed 0 on one half of the images, the files whose name has an even MD5, and compared on the other half.
 """
@@ -76,13 +76,14 @@ RECIPES = {
     "byol": Recipe(2 + 2 / 3, f"{PEERS} byol --lr 6e-3", "the best of three learning rates and two momenta"),
     "vicreg": Recipe(2, f"{PEERS} vicreg", "lightly's weights of the three terms"),
 }
+LIVE = [name for name, recipe in RECIPES.items() if " at " not in (recipe.command or "")]  # not of another commit
 
 
 def main() -> None:
     """Run what is left to do, and write the tables."""
     parser = command.Parser(__doc__)
     add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help=f"of {', '.join(RECIPES)} (default: all that are not of a commit)")
+    add("names", nargs="*", metavar="NAME", help=f"of {', '.join(LIVE)} (default: all)")
     add(
         "--data",
         type=command.place,
@@ -99,12 +100,11 @@ def main() -> None:
     add("--runs", type=Path, default=Path("runs", "search"), help="folder for the encoders")
     add("--table", action="store_true", help="write the tables, run nothing")
     args = parser.parse_args()
-    live = [name for name, recipe in RECIPES.items() if " at " not in (recipe.command or "")]
     for name in args.names:
-        if name not in live:
-            raise UsageError(f"{name} is no recipe that this version can run: use {', '.join(live)}")
+        if name not in LIVE:
+            raise UsageError(f"{name} is no recipe that this version can run: use {', '.join(LIVE)}")
     if not args.table:
-        jobs = [(name, seed) for seed in args.seeds for name in args.names or live]
+        jobs = [(name, seed) for seed in args.seeds for name in args.names or LIVE]
         with ThreadPoolExecutor(args.workers) as pool:
             try:
                 for done in [pool.submit(experiment, args, *job) for job in jobs]:
@@ -250,7 +250,8 @@ def table(results: dict[tuple[int, int, str], list[dict]], half: str, seeds: ran
         if not runs:
             continue
         encodes, recipe, lesson = RECIPES[name]
-        words = "no pretext" if recipe is None else f"`{recipe.removeprefix('benchmarks/')}`"
+        options, of, commit = (recipe or "").removeprefix("benchmarks/").partition(" at ")
+        words = f"`{options}`{of}{commit}" if recipe else "no pretext"
         encoder = "-".join(map(str, runs[0]["widths"]))
         start = [name, words, encoder, str(epochs), str(len(runs)), f"{encodes:.3g}"]
         lines.append(f"| {' | '.join([*start, *(cell(runs, ours, title, half) for title in FIGURES), lesson])} |")

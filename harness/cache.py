@@ -38,7 +38,7 @@ def read_index(file: Path) -> dict | None:
 def build(file: Path, paths: Sequence[str], load: Callable[[str], np.ndarray], index: dict, check: Callable) -> dict:
     """Decode everything on all cores, write the cache to `file`, and return its index, which gets "kept", the places in
     `paths` of the rows; "skipped", [path, why] of the others; "same", groups of rows with equal pixels. Before the file
-    is complete, `check(index)` may raise. Raises UsageError or RunError if it cannot be written, of `data_dir`.
+    is complete, `check(index)` may raise. Raises UsageError or RunError about --data-dir if it cannot be written.
 
     load  path -> H H 3 uint8; raises Damaged, and OSError if a drive is lost: that leaves no cache
     """

@@ -29,13 +29,13 @@ class RunError(RuntimeError):
         self.status = 128 + signal if signal else 1
 
 
-def place(file: str, line: int) -> str:
+def code_line(file: str, line: int) -> str:
     """A line of a file in a person's words."""
     return f" ({os.path.basename(file)}, line {line}: `{linecache.getline(file, line).strip()}`)"
 
 
 def describe(error: BaseException, skip: tuple[str, ...]) -> str:
-    """Somebody's error in one line, with the last line it came through that is not in a file that `skip` begins."""
+    """Somebody's error in one line, with the last line of code it came through outside paths that begin with `skip`."""
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(skip)]
-    where = place(own[-1].filename, own[-1].lineno) if own else ""
+    where = code_line(own[-1].filename, own[-1].lineno) if own else ""
     return f"{type(error).__name__}: {error}".splitlines()[0] + where

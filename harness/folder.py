@@ -73,12 +73,12 @@ def check_same(then: dict[str, object], now: dict[str, object], folder: str) -> 
             raise UsageError(f"--resume {folder}: the data is another: {name} was {was}, and is {is_now} now")
 
 
-def choose(args: argparse.Namespace, script: str) -> Path:
-    """The run's folder: --resume, --out, or runs/SCRIPT-DATA-ENCODER-TIME. Nothing is made yet. Raises UsageError if it
+def choose(args: argparse.Namespace, kind: str) -> Path:
+    """The run's folder: --resume, --out, or runs/KIND-DATA-ENCODER-TIME. Nothing is made yet. Raises UsageError if it
     is a file, or holds a run already and --overwrite was not given."""
     if vars(args).get("resume"):
         return Path(args.resume)
-    name = f"{script}-{Path(args.data).resolve().name}-{args.encoder}-{time.strftime('%y%m%d-%H%M%S')}"
+    name = f"{kind}-{Path(args.data).resolve().name}-{args.encoder}-{time.strftime('%y%m%d-%H%M%S')}"
     folder = Path(args.out) if args.out else Path("runs", name)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out {folder} is a file; give a folder")

@@ -20,8 +20,7 @@ WRONG = (200, 40, 30)
 
 
 def legible(classes: Sequence[str]) -> list[str]:
-    """Names that can be drawn: the font has ASCII alone, so that of another name it takes what is ASCII, and its number
-    among the classes."""
+    """Class names that the font, ASCII alone, can draw: of another name what is ASCII, and its index in `classes`."""
     plain = [unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().strip() for name in classes]
     return [name if name.isascii() else f"{plain[i] or 'class'} {i}" for i, name in enumerate(classes)]
 

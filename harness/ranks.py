@@ -18,7 +18,7 @@ from torch import nn
 from harness.errors import UsageError
 
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
-RANK = int(os.environ.get("RANK", 0)) if RANKS > 1 else 0  # a lone one may be left over from something else
+RANK = int(os.environ.get("RANK", 0)) if RANKS > 1 else 0  # without WORLD_SIZE, RANK is of some other program
 PATIENCE = datetime.timedelta(minutes=60)  # for a rank that does not answer; the first may be downloading
 _cpu_group = None
 

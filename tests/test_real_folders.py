@@ -85,14 +85,14 @@ def test_photographs_of_a_telephone_count_as_images(folder, tmp_path):
     with pytest.raises(
         UsageError, match=r"50 of 90 images cannot be used, such as IMG_0000.HEIC \(HEIC; it is read once"
     ):
-        opened(folder, tmp_path).skipped(allowed=False)
+        opened(folder, tmp_path).warn_of_skipped(allowed=False)
 
 
 def test_images_that_lie_elsewhere_count_as_skipped(labelled, tmp_path):
     (labelled / "unlabelled").mkdir()
     for i in range(6):
         shutil.copy(next((labelled / "unsup").iterdir()), labelled / "unlabelled" / f"{i}.jpg")
-    (warning,) = opened(labelled, tmp_path).skipped().values()
+    (warning,) = opened(labelled, tmp_path).warn_of_skipped().values()
     assert warning.startswith("6 of 54 images") and "unlabelled/0.jpg (in no class folder" in warning
 
 

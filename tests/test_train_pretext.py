@@ -239,7 +239,7 @@ def test_a_run_is_overwritten_if_that_is_asked_for_and_nothing_else_is(pretext):
     assert end.status == 0 and read(folder)["seed"] == 1, end.err
     assert all(file.read_text() == "mine" for file in mine)
     assert {file.name for file in folder.glob("*/0000?")} == {"00000", "00002"}  # nothing of the run of one epoch
-    assert len(list(folder.glob("events.out.tfevents.*"))) == 2  # the settings, and the line of the table of runs
+    assert len(list(folder.glob("events.out.tfevents.*"))) == 2  # an empty one, and the line of the table of runs
     for subrun in ("train", "val", "chance", "before", "after"):
         assert len(list(folder.glob(f"{subrun}/events.out.tfevents.*"))) == 1, subrun
 
