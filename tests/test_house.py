@@ -1,6 +1,9 @@
-"""Imports run one way: commands -> ladder, transfer -> engine -> data, tasks, models -> augment -> harness."""
+"""Imports run one way: commands -> ladder, transfer -> engine -> data, tasks, models -> augment -> harness. What the
+pages name is there."""
 
 import ast
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -35,3 +38,28 @@ def test_imports_run_one_way(path):
     group = next(number for number, names in enumerate(ORDER) if name in names)
     allowed = {"harness"} if name == "harness" else set.union(*ORDER[group + 1 :])
     assert imported(path) <= allowed
+
+
+PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_links_to_is_in_the_repository(page):
+    """A picture was there, and git ignored it."""
+    words = ["git", "-C", ROOT, "check-ignore", "-q"]
+    for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text("utf-8")):
+        assert (page.parent / link).exists(), link
+        assert subprocess.run([*words, page.parent / link]).returncode != 0, f"git ignores {link}"
+
+
+def test_the_tests_and_options_that_pages_name_are_there():
+    tests = "".join(file.read_text("utf-8") for file in (ROOT / "tests").glob("*.py"))
+    code = "".join(file.read_text("utf-8") for file in (*ROOT.glob("*.py"), *(ROOT / "benchmarks").glob("*.py")))
+    foreign = ("help", "check", "logdir", "nproc", "nnodes", "rdzv")  # of other programs
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        for name in re.findall(r"\btest_\w+(?![\w.])", text):
+            assert f"def {name}" in tests or (ROOT / "tests" / f"{name}.py").exists(), f"{page.name}: {name}"
+        for option in set(re.findall(r"--([a-z][a-z-]+)", text)) if page.name != "RESULTS.md" else ():
+            known = f'"--{option}"' in code or f'"--{option.removeprefix("no-")}"' in code
+            assert known or option.startswith(foreign), f"{page.name}: --{option}"
