@@ -3,6 +3,7 @@
     python benchmarks/search.py                                       every recipe that has no result yet, 30 epochs
     python benchmarks/search.py unmix simclr --seeds 0 1 2 --epochs 100
     python benchmarks/search.py --widths 16 32 64 128                 a narrow encoder, which is faster
+    python benchmarks/search.py unmix simclr --time                   seconds of an epoch; nothing else should run
     python benchmarks/search.py --table                               write the tables, and README.md's, run nothing
 
 Encoders are pretrained on tinywang. They are judged by probes on probe40, 40 other classes, and on tinywang. Every
@@ -14,6 +15,7 @@ chosen with seed 0 on one half of the images, the files whose name has an even M
 import argparse
 import csv
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -36,6 +38,7 @@ from models import WIDTHS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "search"
+TIMED, EPOCHS = ROOT / "benchmarks" / "results" / "seconds.json", 4  # of a timed run, so that views grow once
 HALVES = {"choose": 0, "report": 1}  # the parity of the MD5 of a file's name
 OURS = "unmix"  # the default of train_pretext.py
 FINETUNE = "--mode finetune --epochs 5 --runs 2"
@@ -98,12 +101,16 @@ def main() -> None:
     add("--finetune", action="store_true", help=f"judge by `{FINETUNE}` on --data, too")
     add("--workers", type=command.integer(1), default=os.cpu_count(), help="runs at once, one thread each")
     add("--runs", type=Path, default=Path("runs", "search"), help="folder for the encoders")
+    add("--time", action="store_true", help=f"time {EPOCHS} epochs, each recipe alone on one thread, judge nothing")
     add("--table", action="store_true", help="write the tables, run nothing")
     args = parser.parse_args()
     for name in args.names:
         if name not in LIVE:
             raise UsageError(f"{name} is no recipe that this version can run: use {', '.join(LIVE)}")
-    if not args.table:
+    if args.time:
+        for name in args.names or LIVE:
+            clock(args, name)
+    elif not args.table:
         jobs = [(name, seed) for seed in args.seeds for name in args.names or LIVE]
         with ThreadPoolExecutor(args.workers) as pool:
             try:
@@ -136,8 +143,6 @@ def experiment(args: argparse.Namespace, name: str, seed: int) -> None:
         summary = json.loads((start / "summary.json").read_text("utf-8"))
         widths = "" if args.widths == list(WIDTHS) else f" --widths {' '.join(map(str, args.widths))}"
         result |= {"command": f"python {recipe} --epochs {epochs} --seed {seed}{widths}", "device": summary["device"]}
-        # From the median epoch, so that what else the machine did for a while does not count.
-        result["seconds"] = epochs * summary["train_images"] / summary["images_per_second"]
     for judge in missing:
         data, options = judges[judge]
         out = folder / judge
@@ -150,6 +155,23 @@ def experiment(args: argparse.Namespace, name: str, seed: int) -> None:
     if missing:
         figures = [f"{title} {figure(result, title, 'choose'):.1%}" for title in FIGURES if has(result, title)]
         print(f"{file.stem}: {', '.join(figures)}", flush=True)
+
+
+def clock(args: argparse.Namespace, name: str) -> None:
+    """Note the seconds of an epoch, the mean of a short run's, without validation."""
+    timed = json.loads(TIMED.read_text("utf-8")) if TIMED.exists() else []
+    start, recipe = args.runs / "timed", f"{RECIPES[name].command} --epochs {EPOCHS}"
+    words = ["--widths", *args.widths, "--data", args.data, "--data-dir", args.data_dir, "--out", start, "--overwrite"]
+    call([*recipe.split(), *words], args.runs / "timed.log")
+    summary = json.loads((start / "summary.json").read_text("utf-8"))
+    seconds = summary["seconds"]
+    if recipe.startswith(PRETEXT):  # which validates, too
+        with open(start / "history.csv", newline="", encoding="utf-8") as stream:
+            speeds = [float(row["training_images_per_second"]) for row in csv.DictReader(stream)]
+        seconds = sum(summary["train_images"] / speed for speed in speeds)
+    timed.append({"name": name, "width": args.widths[-1], "seconds": seconds / EPOCHS, "device": summary["device"]})
+    write_json(timed, TIMED)
+    print(f"{name}: {seconds / EPOCHS:.1f} s an epoch, {summary['device']}", flush=True)
 
 
 def call(words: list, log: Path) -> None:
@@ -285,10 +307,39 @@ def brief(results: dict[tuple[int, int, str], list[dict]]) -> str:
     return "\n".join(lines)
 
 
+def race(results: dict[tuple[int, int, str], list[dict]]) -> str:
+    """Markdown: epochs and seconds until a recipe is where SimCLR is after 100 epochs, on the half that no choice was
+    made on. Between finished runs, figures are taken as linear in the logarithm of the epochs."""
+    titles, timed = list(FIGURES)[:3], {}
+    for run in json.loads(TIMED.read_text("utf-8")) if TIMED.exists() else []:
+        timed.setdefault((run["name"], run["width"]), []).append(run["seconds"])
+    lines = ["| recipe | encoder | seconds an epoch | " + " | ".join(titles) + " |", "|---" * (3 + len(titles)) + "|"]
+    for (name, width), seconds in timed.items():
+        own = {epochs: runs for (w, epochs, n), runs in results.items() if (w, n) == (width, name)}  # in order
+        if not own or (width, 100, "simclr") not in results:
+            continue
+        cells = []
+        for title in titles:
+            mean = lambda runs, title=title: statistics.fmean(figure(run, title, "report") for run in runs)  # noqa: E731
+            done, goal = [(epochs, mean(runs)) for epochs, runs in own.items()], mean(results[width, 100, "simclr"])
+            needed = [
+                first * (last / first) ** max(0, (goal - low) / (high - low))
+                for (first, low), (last, high) in itertools.pairwise(done)
+                if high >= goal
+            ]
+            text = [f"{epochs:.0f} epochs, {epochs * statistics.fmean(seconds):.0f} s" for epochs in needed[:1]]
+            cells += text or ["not reached"]
+        encoder = "-".join(map(str, next(iter(own.values()))[0]["widths"]))
+        epoch = f"{statistics.fmean(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})"
+        lines.append(f"| {' | '.join([name, encoder, epoch, *cells])} |")
+    return "\n".join(lines)
+
+
 def write_tables() -> None:
     """Replace what stands between the markers of RESULTS.md and README.md."""
     results = load()
     parts = {"search": table(results, "choose", range(1)), "comparison": table(results, "report", range(2**31))}
+    parts["race"] = race(results)
     for name, marks in {"RESULTS.md": parts, "README.md": {"results": brief(results)}}.items():
         file = ROOT / name
         text = file.read_text("utf-8")

@@ -65,9 +65,11 @@ def test_paired_differences():
 def test_tables_are_rewritten_between_their_marks(tmp_path, monkeypatch):
     monkeypatch.setattr(search, "ROOT", tmp_path)
     monkeypatch.setattr(search, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(search, "TIMED", tmp_path / "seconds.json")
     monkeypatch.setattr(sys, "argv", ["search.py", "--table"])
     marks = (
-        "before\n<!-- search -->\nold\n<!-- /search -->\nbetween\n<!-- comparison -->\n<!-- /comparison -->\nafter\n"
+        "before\n<!-- search -->\nold\n<!-- /search -->\nbetween\n<!-- comparison -->\n<!-- /comparison -->\n"
+        "<!-- race -->\n<!-- /race -->\nafter\n"
     )
     (tmp_path / "RESULTS.md").write_text(marks)
     (tmp_path / "README.md").write_text("<!-- results -->\n<!-- /results -->\n")
@@ -96,6 +98,31 @@ def test_tables_are_rewritten_between_their_marks(tmp_path, monkeypatch):
     assert [line.split(" | ")[0] for line in lines] == ["| Unmix", "| SwAV", "| Unmix"]  # with several seeds
     search.main()
     assert (tmp_path / "RESULTS.md").read_text() == text
+
+
+def test_seconds_until_a_recipe_is_where_simclr_is_after_100_epochs(tmp_path, monkeypatch):
+    """unmix has 50 % after 10 epochs and 100 % after 1000; SimCLR has 75 % after 100, half-way in logarithms."""
+    monkeypatch.setattr(search, "TIMED", tmp_path / "seconds.json")
+    timed = [("unmix", 2), ("simclr", 1), ("unmix", 4), ("byol", 1)]
+    search.TIMED.write_text(json.dumps([{"name": name, "width": 16, "seconds": seconds} for name, seconds in timed]))
+    runs = [("unmix", "1100", 10), ("unmix", "1111", 1000), ("simclr", "1100", 30), ("simclr", "1110", 100)]
+    results = {}
+    for name, right, epochs in [*runs, ("byol", "1000", 30), ("byol", "1100", 100)]:
+        results[16, epochs, name] = [result(name, 0, [right], epochs, list(search.FIGURES)[:4])]
+    rows = [line.split(" | ") for line in search.race(results).splitlines()[2:]]
+    assert [row[3] for row in rows] == ["100 epochs, 300 s", "100 epochs, 100 s", "not reached"]
+    assert rows[0][:3] == ["| unmix", "8-16", "3.0 (2.0 to 4.0)"]
+
+
+def test_an_epoch_is_timed(tmp_path, labelled, monkeypatch):
+    monkeypatch.setattr(search, "TIMED", tmp_path / "seconds.json")
+    monkeypatch.setattr(search, "write_tables", lambda: None)
+    monkeypatch.setitem(search.RECIPES, "unmix", search.Recipe(2, "train_pretext.py --size 8 --batch-size 8", ""))
+    monkeypatch.setattr(sys, "argv", ["search.py", "unmix", "--time", "--widths", "4", "8", "--data", str(labelled)])
+    monkeypatch.chdir(tmp_path)
+    search.main()
+    (run,) = json.loads(search.TIMED.read_text())
+    assert (run["name"], run["width"], run["device"]) == ("unmix", 8, "cpu (1 threads)") and 0 < run["seconds"] < 60
 
 
 def test_the_tables_are_those_of_the_results(tmp_path, monkeypatch):
