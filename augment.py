@@ -5,8 +5,7 @@ filter that is as wide as the reduction asks for (no aliasing, whatever the crop
 brightness, contrast, saturation, hue and the normalisation are one 3 x 3 matrix and an offset per image.
 
     draw_views(count, rng)           -> what varies between views, drawn on the CPU
-    make_views(images, size, table)  -> all views of a batch at once, on the device that the images are on
-"""
+    make_views(images, size, table)  -> all views of a batch at once, on the device that the images are on"""
 
 import functools
 import math
@@ -46,8 +45,7 @@ def seed_of(*key: int) -> int:
 
 
 def generator(*key: int) -> torch.Generator:
-    """A CPU random generator that depends on `key` alone. Numbers are always drawn on the CPU, so that every device
-    gets the same ones."""
+    """A CPU random generator that depends on `key` alone: numbers are drawn on the CPU, the same for every device."""
     return torch.Generator().manual_seed(seed_of(*key))
 
 

@@ -16,7 +16,7 @@ from own import LIBRARY, Call, Own, tensors
 
 OK, WARNING, FAILED, SKIPPED = "ok", "warning", "failed", "skipped"
 MARKS = {OK: "✓", WARNING: "!", FAILED: "✗", SKIPPED: "–"}
-STEPS, FEWEST, SECONDS = 300, 60, 8.0  # steps to overfit with, too few of them, and seconds for them
+STEPS, FEWEST, SECONDS = 300, 60, 6.0  # steps to overfit with, too few of them, and seconds for them
 TINY, LARGE = 0.02, 10.0  # numbers that enter a first layer: it is made for about 1, and pixels of 0 to 255 have 130
 CLOSE = 1e-4  # what should be the same may differ by this share of the largest; rounding makes 1e-6
 FULL = 0.8  # share of a layer that is dead or saturated, beyond which next to nothing passes
@@ -65,9 +65,10 @@ def report(found: Iterable[tuple[int, str, Result, float]], names: list[str]) ->
         suspects = [f"First look at `{name}`: {r.why}" for name, r in results.items() if r.status == WARNING]
         results[name] = result = result._replace(why=" ".join([*suspects, result.why]))
         print("\n" + textwrap.fill(f"{name} failed. {result.why}", 116, break_long_words=False))
-        print(f"Not run, since they build on it: {', '.join(names[number + 1 :])}.")
+        print(*[f"Not run, since they build on it: {', '.join(names[number + 1 :])}."][: len(names) - number - 1])
     else:
-        print(f"\nNo check failed, in {total:.0f} s.")
+        skipped = [name for name, result in results.items() if result.status == SKIPPED]
+        print(f"\nNo check failed, in {total:.0f} s." + f" Skipped: {', '.join(skipped)}." * bool(skipped))
     return results
 
 
@@ -80,19 +81,23 @@ def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
 def check_batches(own: Own) -> Iterator[tuple]:
     """Numbers are finite, batches and examples differ, and labels are not sorted."""
     kept = [tensors(batch) for batch in own.batches]
-    bad = sum((~x.isfinite()).sum().item() for batch in kept for x in batch)
+    odd = lambda x: ~x.isfinite() if x[x != -math.inf].any() else x.isnan()  # noqa: E731  a mask is of 0 and -inf
+    bad = sum(odd(x).sum().item() for batch in kept for x in batch)
     yield bad, f"{bad} numbers are NaN or infinite (0)", "One such number spoils all weights: fill the gaps."
-    bad = any(all(map(torch.equal, a, b)) for a, b in itertools.pairwise(kept) if own.raw[0] is not own.raw[-1])
+    bad = own.plain and any(all(map(torch.equal, a, b)) for a, b in itertools.pairwise(kept))
     yield bad, "two batches in a row are equal", "The loader repeats itself: does an index stand still, or a seed?"
-    bad, why = own.changes, "Asking for an example changes it, as x -= mean in place does: work on a copy."
-    yield bad, "the data set gives another example 0 when it is asked again", why
-    kept = [batch for batch in kept if [x.shape for x in batch] == [x.shape for x in kept[0]]]
+    why = "Asking for an example changes it, as x -= mean in place does: work on a copy."
+    yield own.changes, "the data set's example 0 is another after it was asked for", why
+    kept, vary = [batch for batch in kept if [x.shape for x in batch] == [x.shape for x in kept[0]]], []
     for i in range(len(kept[0])) if own.size > 7 else ():
         x = torch.stack([batch[i] for batch in kept]).reshape(len(kept), own.size, -1)[:, :, :9999].double().cpu()
         within = x.var(1, correction=0).sum(1).mean() / x.flatten(0, 1).var(0, correction=0).sum()
-        bad, why = len(x) > 3 and not within > 0.3 and x.any(), "Is shuffle=True missing, or an index not used?"
+        vary.append(not within.isnan())
+        bad, why = len(x) > 3 and within < 0.3, "Is shuffle=True missing, or an index not used?"
+        bad = bad and (WARNING if kept[0][i].is_floating_point() else FAILED)
         yield bad, f"tensor {i} varies {within:.2f} times as much within a batch as in all of them (above 0.3)", why
-    yield OK, f"{len(own.batches)} batches, of {own.size or 'unknown'} examples the first", ""
+    yield vary and not vary[0], "tensor 0 is the same in all examples", "Is an index not used, or the input lost?"
+    yield OK, f"batches looked at: {len(own.batches)}; examples in the first: {own.size or 'unknown'}", ""
 
 
 def check_loss(own: Own) -> Iterator[tuple]:
@@ -120,7 +125,9 @@ def misuse(call: Call, size: int) -> Iterator[tuple]:
     if name in ("view", "reshape") and torch.is_tensor(call.out):
         before, after = ([length for length in x.shape if length > 1] for x in (call.tensors[0], call.out))
         old, new = ([*itertools.accumulate(lengths, int.__mul__, initial=1)] for lengths in (before, after))
-        torn = [b for a, b in itertools.pairwise(new) if b not in old and a < max(edge for edge in old if edge < b)]
+        ends = {b: (max(e for e in old if e < b), min(e for e in old if e > b)) for b in new if b not in old}
+        torn = [b for a, b in itertools.pairwise(new) if b in ends and a < ends[b][0]]
+        torn = [b for b in torn if b != new[1] or b % ends[b][0] or ends[b][1] % b]  # a first axis may take whole parts
         bad = torn or (before != after and sorted(before) == sorted(after))
         why = f"{name} cuts across axes and mixes them: use permute or transpose."
         yield bad, f"{name} of {tuple(call.tensors[0].shape)} to {tuple(call.out.shape)}", why
@@ -172,16 +179,15 @@ def check_start(own: Own) -> Iterator[tuple]:
 def check_examples(own: Own, single: bool = False) -> Iterator[tuple]:
     """In eval mode an answer depends on its own example and on nothing else; `single`: a batch of one works."""
     n, p = own.n, own.fresh()
-    with torch.no_grad():
-        one, again, other = own.ask(p, own.few), own.ask(p, own.few), own.ask(p, own.few, seed=1)
-        two = own.ask(p, own.copy(own.few, [1, *range(1, n)], n))
+    one, again, other = own.ask(p, own.few), own.ask(p, own.few), own.ask(p, own.few, seed=1)
+    two = own.ask(p, own.copy(own.few, [1, *range(1, n)], n))
     for c in [c for c in one.calls if "dropout" in c.name]:
         yield not torch.equal(c.out, c.tensors[0]), "dropout in eval mode", f"Give it training=self.training.{c.line}"
     yield torch.equal(one.random, other.random), "random numbers begin anew", "Take manual_seed out: noise is the same."
     bad = abs(one.loss - again.loss) > CLOSE * abs(one.loss)
     yield bad, f"loss {one.loss:.6g}, then {again.loss:.6g}", "Something is kept, such as a hidden state: set it back."
-    a, b = (next(iter(trace.outs), torch.zeros(())) for trace in (one, two))
-    if not n or n not in a.shape:
+    a, b = (next(iter(trace.outs), torch.zeros(())).detach() for trace in (one, two))
+    if not n or n not in a.shape or a.shape == (n, n):
         yield SKIPPED, "the answers have no dimension for the examples that can be told from others", ""
     if single:
         with contextlib.suppress(Exception):  # of a loss that gets an answer of another shape
@@ -196,7 +202,8 @@ def check_examples(own: Own, single: bool = False) -> Iterator[tuple]:
     for x, y in zip(one.calls, two.calls, strict=False) if leak > CLOSE else ():
         why = "normalisation with the batch's own statistics, or a step over dimension 0?"
         why = f"{x.name} mixes examples: {'batch_first=True is missing.' if x.name in SEQUENCES else why}{x.line}"
-        yield share(tensors(x.out), tensors(y.out)) > 1.5 / n >= share(x.tensors, y.tensors), figure, why
+        bad = x.out is not one.loss and share(tensors(x.out), tensors(y.out)) > 1.5 / n >= share(x.tensors, y.tensors)
+        yield bad, figure, why
     yield leak > CLOSE, figure, "Examples are mixed."
 
 
@@ -223,41 +230,44 @@ def check_future(own: Own) -> Iterator[tuple]:
 def check_gradient(own: Own) -> Iterator[tuple]:
     """The network uses its own parameters and no others, and each gets a finite gradient."""
     trace = own.ask(p := own.fresh(), own.batch, train=True)
-    named, used = dict(p.model.named_parameters()), {id(x): x for c in trace.calls for x in c.tensors}
+    named, used = dict(p.model.named_parameters()), {id(x): x for c in trace.calls if c.grad for x in c.tensors}
     owned = {id(q) for group in (p.optimizer.param_groups if p.optimizer else []) for q in group["params"]}
     mine, other = {*map(id, named.values())}, dict(own.fresh(seed=1).model.named_parameters())
-    strange = {key for key, x in used.items() if x.is_leaf and x.requires_grad} - mine - owned
+    given = {id(x) for inputs, _ in own.heard for x in inputs}  # a person may ask for their gradient
+    strange = {key for key, x in used.items() if x.is_leaf and x.requires_grad} - mine - owned - given
     line = next((c.line for c in trace.calls if not strange.isdisjoint(map(id, c.tensors))), "")
     why = f"A plain list (use nn.ModuleList) or tensor (nn.Parameter), a layer made in forward, or a copy?{line}"
     yield strange, f"{len(strange)} weights in use are not the model's (0)", why
     bad, why = owned - mine - {*used}, "A stale copy: the forward pass uses another copy. Make the optimiser last."
     yield bad, f"{len(bad)} of the optimiser's parameters are not the network's (0)", why
     changed = {name for name, q in named.items() if not torch.equal(q, other[name])} or {*named}  # with another seed
-    bad = [name for name in changed if not named[name].requires_grad and named[name].ndim > 1]  # nobody has trained it
+    free = [q for q in named.values() if q.requires_grad]
+    frozen = [name for name in changed if not named[name].requires_grad and named[name].ndim > 1]  # nobody trained it
+    bad = [n for n in frozen if not any(q.shape == named[n].shape and q.equal(named[n]) for q in free)]  # nor a copy
     why = f"A part of the network is frozen before it has learnt anything: {bad[:1]} has requires_grad=False."
     yield bad, f"{len(bad)} of {len(named)} parameters ask for no gradient (0)", why
     asked = [name for name, q in named.items() if q.requires_grad]
     found = torch.autograd.grad(trace.loss, [named[n] for n in asked], allow_unused=True) if trace.loss.grad_fn else ()
-    missing, loses = [n for n, g in itertools.zip_longest(asked, found) if g is None], lambda x: not x.requires_grad
+    missing = [n for n, g in itertools.zip_longest(asked, found) if g is None and (not owned or id(named[n]) in owned)]
+    loses = lambda x: not x.requires_grad  # noqa: E731
     cuts = [c for c in trace.calls if not all(map(loses, c.tensors)) and all(map(loses, tensors(c.out)))]
     cuts = [f"{c.name if c.grad else 'no_grad'}{c.line}" for c in cuts if c.name in CUTS or not c.grad]
     why = f"Its result reaches {cuts[0]}, which cuts it off, and not the loss that is returned." if cuts else ""
     why = why or "It is not used in forward, or its result is not."
     yield missing, f"{len(missing)} of {len(named)} parameters get no gradient (0), {missing[:1]} the first", why
-    bad, why = not all(g.isfinite().all() for g in found), "It is NaN: a root or norm of 0? Add 1e-6 inside."
+    bad, why = any(g is not None and not g.isfinite().all() for g in found), "A root or norm of 0? Add 1e-6 inside."
     yield bad, f"{len(asked)} parameters get a gradient, which is finite", why
 
 
-def practise(own: Own, steps: int, plain: float = 0, adam: bool = False, mix: bool = False) -> tuple:
+def practise(own: Own, steps: int, plain: float = 0, adam: bool = False) -> tuple:
     """Take steps on a few examples: by one's own loop, or a plain one with `plain` times the learning rate; `adam`: by
-    AdamW at 1e-3; `mix`: with inputs of other examples -> the pieces, loss at the start and the end, learning rates."""
+    AdamW at 1e-3 -> the pieces, loss at the start and the end, learning rates."""
     p, rates, started = own.fresh(), [], time.perf_counter()
     if adam or not p.optimizer:
         p = p._replace(optimizer=torch.optim.AdamW(p.model.parameters(), 1e-3))
     for group in p.optimizer.param_groups if plain else ():
         group["lr"] = plain * group.get("initial_lr", group["lr"])
-    start, order = own.measure(p, own.few), lambda: torch.randperm(own.n).tolist()
-    hook = p.model.register_forward_pre_hook(lambda module, given: own.copy(given, order(), own.n) if mix else None)
+    start = own.measure(p, own.few, train=True)  # of batch norm, too, the answers are not from the untrained statistics
     while len(rates) < steps and time.perf_counter() - started < SECONDS:
         rates.append(max(float(group["lr"]) for group in p.optimizer.param_groups))
         if p.step and not plain:
@@ -266,7 +276,6 @@ def practise(own: Own, steps: int, plain: float = 0, adam: bool = False, mix: bo
         p.optimizer.zero_grad()
         p.loss(p.model.train(), own.copy(own.few)).backward()
         p.optimizer.step()
-    hook.remove()
     return p, start, min(own.measure(p, own.few), own.measure(p, own.few, train=True)), rates
 
 
@@ -276,7 +285,7 @@ def check_steps(own: Own) -> Iterator[tuple]:
     names, old = matrices(p.model), {name: q.detach().clone() for name, q in matrices(p.model).items()}
     flat = lambda grads: torch.cat([g.flatten() for g in grads])  # noqa: E731
     grab = lambda *_: found.append(flat([0 * q if q.grad is None else q.grad for q in names.values()]))  # noqa: E731
-    if looked := p.step and p.optimizer:
+    if looked := p.step and p.optimizer and not isinstance(p.optimizer, torch.optim.LBFGS):  # which has a closure
         p.optimizer.register_step_pre_hook(grab)
         p.model.register_forward_hook(lambda module, *_: modes.add(module.training))
     for _ in range(2 if looked else 0):
@@ -293,15 +302,18 @@ def check_steps(own: Own) -> Iterator[tuple]:
         yield bad, "old gradients are added to new ones", "zero_grad() is missing before backward."
     run, start, end, rates = practise(own, 10)
     new, owned = matrices(run.model), {id(q) for g in run.optimizer.param_groups for q in g["params"]}
-    moved = {name: ((new[name] - q).norm() / q.norm()).item() for name, q in old.items() if q.any()}
+    due = [name for name, q in new.items() if q.grad is not None] or new  # a part may be frozen on purpose
+    moved = {name: ((new[name] - old[name]).norm() / old[name].norm()).item() for name in due if old[name].any()}
     low, rate = min(moved, key=moved.get), f"the learning rate of {rates[0]:g}"
     figure = f"matrices move by {moved[low]:.0e} of their size or more in ten steps, loss {start:.4g} to {end:.4g}"
     why = f"{rate}, or no step()" if id(new[low]) in owned else "it is not among the optimiser's parameters"
     yield not moved[low], figure, f"`{low}` does not move: {why}. Was its layer added after the optimiser was made?"
     yield max(moved.values()) > 10, figure, f"Steps overwrite what was there: {rate} is too high. Try a hundredth."
-    better = [f for f in (1, 0.1, 0.01, 0.001) if not end < start and practise(own, 10, f)[2] < start]
-    why = f"{rate} is too high: {better[0]} of it lowers it" if better and better[0] < 1 else "look at step()"
-    yield not end < start, figure, f"The loss rises: {why}."
+    yield max(moved.values()) < 1e-5, figure, f"Next to nothing moves: {rate} is too low. Try a thousand times that."
+    rises = not end < start and not practise(own, 50)[2] < start  # a first bump is no fault
+    better = [f for f in (1, 0.1, 0.01, 0.001) if rises and practise(own, 10, f)[2] < start]
+    why = f"{rate} is too high: {better[0]} times that lowers it" if better and better[0] < 1 else ""
+    yield rises, figure, f"The loss rises: {why or ('look at step()' if run.step else 'is its sign right?')}."
     yield OK, figure + " (give step to have your own loop looked at)" * (not p.step), ""
 
 
@@ -313,26 +325,32 @@ def check_overfit(own: Own) -> Iterator[tuple]:
         yield odd, f"`{name}` is {m}", "p is the share that is dropped, momentum that of the new batch: small ones."
     run, start, end, rates = practise(own, STEPS)
     if len(rates) < FEWEST:
-        figure = f"{len(rates)} steps in {SECONDS:g} s: give {-(-FEWEST // len(rates))} times fewer examples or pixels"
-        yield SKIPPED, figure, ""
-    other, peak = practise(own, len(rates), mix=True)[2] if own.n > 3 else start, max(rates)
-    figure = f"loss {start:.4g} to {end:.4g} in {len(rates)} steps, with inputs of other examples {other:.4g}"
-    if not end < 0.5 * min(start, other):
+        times = -(-FEWEST // len(rates))
+        tip = f"--n {own.n // times}, or " * (own.n >= 3 * times) + f"inputs {times} times as small"
+        yield SKIPPED, f"{len(rates)} steps in {SECONDS:g} s, of {FEWEST} at least: try {tip}", ""
+    (other, still), peak = own.mixed(run), max(rates)
+    figure = f"loss {start:.4g} to {end:.4g} in {len(rates)} steps"
+    alike = other is None or abs(other - end) < 1e-3 * abs(start - end)
+    figure += "" if alike else f", with inputs of other examples {other:.4g}"
+    base = start if alike else min(start, other)
+    if not end < 0.5 * base:
         dead = next((i for i, rate in enumerate(rates) if rate < 0.01 * peak and i > rates.index(peak)), None)
         yield dead, figure, f"The learning rate is dead after {dead} steps: a schedule stepped in each batch?"
         for factor in (1, 10, 0.1, 100, 0.01, 0):
             loss = practise(own, STEPS, factor or 1, adam=not factor)[2]
-            why = f"The learning rate of {rates[-1]:.1g} is too {'low' if factor > 1 else 'high'}: with {factor} of it"
+            why = (
+                f"The learning rate {rates[-1]:.1g} is too {'low' if factor > 1 else 'high'}: with {factor} times that"
+            )
             why = {1: "step() is in the way: in a plain loop", 0: "Try AdamW at 1e-3: with it"}.get(factor, why)
-            slow = WARNING if end < 0.75 * min(start, other) and loss < 0.5 * end else loss < 0.5 * end
+            slow = WARNING if end < 0.75 * base and loss < 0.5 * end else loss < 0.5 * end
             yield slow, figure, f"{why} the loss falls to {loss:.3g}."
             if slow:
                 break
-        yield start - end < 1.1 * (start - other), figure, "Too narrow a layer, or inputs that do not tell the answer?"
+        yield still or not end < 0.9 * base, figure, "Too narrow, too deep, or inputs that do not tell the answer?"
     after, why = own.measure(run, own.few), "Statistics that lag behind, dropout before batch norm, or tiny batches?"
-    yield after > 2 * end + 0.5 * abs(start), f"loss {end:.4g}, but {after:.4g} in eval mode", why
-    bad = other < 2 * end + 1e-3 * start and start - other > 0.95 * (start - end)
-    yield bad, figure, "The answers need no inputs. Are all targets alike, or given away?"
+    yield after - end > 0.5 * abs(start - end), f"loss {end:.4g}, but {after:.4g} in eval mode", why
+    bad = still or own.raw[0] is not own.raw[-1] and own.measure(run, own.batch) == own.measure(run, own.batches[-1])
+    yield bad, figure, "The answers need no inputs. Is the batch used? Are all targets alike, or given away?"
 
 
 CHECKS = {

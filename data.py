@@ -5,8 +5,7 @@
     pretext_split(entries, batch_size)    -> rows to train on, rows to validate on
     get_dataloaders(images, ...)          -> training loader, validation loader
 
-Every file is decoded once for each side that is asked for. A batch is then a gather of rows of the cache.
-"""
+Every file is decoded once for each side that is asked for. A batch is then a gather of rows of the cache."""
 
 import hashlib
 import json
@@ -39,7 +38,6 @@ CACHE_VERSION = 4  # change it whenever decoding changes, so that older caches a
 TRAINED, HELD_OUT = ("train", "training"), ("val", "valid", "validation", "test", "testing")  # usual names of folders
 VALIDATION_BLOCK = 256  # images in a validation batch, at most; part of the fixed question, so not an option
 SMALLEST_VALIDATION = 3  # images; a validation mixture has three candidates
-Rows = Sequence[int]
 PLACES = ("auto", "device", "stream")
 RESIDENT_SHARE = 0.5  # of the device's free memory, for images that live there
 STREAMERS = 4  # worker processes that gather batches for a GPU, at most
@@ -302,7 +300,7 @@ class ImageDataset(Dataset):
     """Some rows of a data set. A batch is gathered at once, by `collate`: from `resident`, all images N 3 H H uint8 (or
     features N D) and labels N on a device, where nothing is copied in a step, or if that is None from the cache."""
 
-    def __init__(self, images: Images, rows: Rows, resident: tuple[torch.Tensor, torch.Tensor] | None = None):
+    def __init__(self, images: Images, rows: Sequence[int], resident: tuple[torch.Tensor, torch.Tensor] | None = None):
         self.images, self.rows, self.resident = images, np.asarray(rows, dtype=np.int64), resident
         if resident is not None:
             self.resident_rows = torch.from_numpy(self.rows).to(resident[0].device)
@@ -340,20 +338,15 @@ class EpochOrder(Sampler):
             yield order[start : start + self.batch_size]
 
 
-def _leave_interrupts(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which saves and ends its workers
-
-
 def get_dataloaders(
-    images: Images, train: Rows, val: Rows, batch_size: int, seed: int,
+    images: Images, train: Sequence[int], val: Sequence[int], batch_size: int, seed: int,
     device: torch.device | None = None, place: str = "auto",
 ) -> tuple[DataLoader, DataLoader]:  # fmt: skip
     """Loaders of (images B 3 H W uint8, labels B int64) over rows to train on and rows to validate on. `place` is where
     the images live, see `choose_place`; the batches are the same. Without a `device` (torch's) it is the CPU.
 
     The training loader yields a fresh order every epoch (set `loader.batch_sampler.epoch`), and full batches only. The
-    validation loader yields every row, in order, in even blocks that depend on their number alone.
-    """
+    validation loader yields every row, in order, in even blocks that depend on their number alone."""
     device = device or torch.device("cpu")
     resident, options = None, {}
     if choose_place(place, images, device) == "device":
@@ -362,7 +355,8 @@ def get_dataloaders(
         options = {"pin_memory": True}
         if hasattr(os, "fork"):  # workers gather the next batches while the GPU computes
             options |= {"persistent_workers": True, "multiprocessing_context": "fork"}
-            options |= {"worker_init_fn": _leave_interrupts, "num_workers": max(1, min(STREAMERS, workers() - 1))}
+            ignore = lambda worker: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731  the main process saves
+            options |= {"num_workers": max(1, min(STREAMERS, workers() - 1)), "worker_init_fn": ignore}
     train, val = ImageDataset(images, train, resident), ImageDataset(images, val, resident)
     blocks = np.array_split(np.arange(len(val)), -(-len(val) // VALIDATION_BLOCK))
     blocks = [slice(int(block[0]), int(block[-1]) + 1) for block in blocks]

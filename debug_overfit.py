@@ -5,8 +5,7 @@
     python debug_overfit.py --decoder dot --loss mse       with other parts: a pair that never learns
     python debug_overfit.py --encoder resnet18             with a network of torchvision
 
-Exit status 0 if no check fails, 1 if one does: it is explained, and the ladder ends there. 2 is wrong use.
-"""
+Exit status 0 if no check fails, 1 if one does: it is explained, and the ladder ends there. 2 is wrong use."""
 
 import argparse
 import contextlib
@@ -102,10 +101,13 @@ def own_setup(file: str) -> Callable:
     """The function setup() of somebody's file. Raises UsageError if there is none."""
     sys.dont_write_bytecode = True  # nothing is left beside the file
     sys.path.insert(0, str(Path(file).resolve().parent))
+    if not Path(file).is_file():
+        raise UsageError(f"--own {file}: no such file")
     try:
         return runpy.run_path(file)["setup"]
     except (Exception, SystemExit) as error:
-        raise UsageError(f"--own {file} gives no setup(): {describe(error, LIBRARY)}") from error
+        why = "it has none" if isinstance(error, KeyError) else describe(error, (*LIBRARY, __file__))
+        raise UsageError(f"--own {file} gives no setup(): {why}") from error
 
 
 def main() -> int:

@@ -4,8 +4,7 @@
 
 DATA is a folder of images, the name of a data set, or `photos`. Prints for each split and class how many images there
 are, how large, in which modes, their mean colour and its spread; which files cannot be read; which images are in two
-splits. Draws a contact sheet, and mixtures as the network sees them, with their weights.
-"""
+splits. Draws a contact sheet, and mixtures as the network sees them, with their weights."""
 
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor

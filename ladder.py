@@ -1,7 +1,6 @@
 """The ladder of checks, from the cheapest to the whole task, that finds out why this project's networks do not learn.
 
-Each check looks at a `Subject`, the pieces of a training run, and yields what `checks.climb` expects.
-"""
+Each check looks at a `Subject`, the pieces of a training run, and yields what `checks.climb` expects."""
 
 import copy
 import hashlib

@@ -1,8 +1,7 @@
 """Encoders, decoders and the network that is trained, `Unmixer(encoder, decoder)`.
 
 An encoder maps B 3 S S to B D and has D in `out_features`. A decoder maps the features of the mixtures (B D), those of
-the views that are asked about (A D) and the candidates (B n, rows of A) to logits (B n), without the activation.
-"""
+the views that are asked about (A D) and the candidates (B n, rows of A) to logits (B n), without the activation."""
 
 import difflib
 import functools
@@ -38,8 +37,8 @@ class ResBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1):
         super().__init__()
-        conv = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.block = nn.Sequential(ConvBlock(inputs, outputs, stride), conv, nn.BatchNorm2d(outputs))
+        first, conv = ConvBlock(inputs, outputs, stride), nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.block = nn.Sequential(first, conv, nn.BatchNorm2d(outputs))
         same = inputs == outputs and stride == 1
         self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
@@ -51,8 +50,7 @@ class ConvEncoder(nn.Module):
     """Convolutions that widen as they halve the picture, residual blocks, then mean and maximum: B 3 S S -> B D.
 
     widths  channels of each convolution; D is twice the last
-    blocks  residual blocks; encoders of earlier versions have two
-    """
+    blocks  residual blocks; encoders of earlier versions have two"""
 
     def __init__(self, widths: Sequence[int] = WIDTHS, blocks: int = 1):
         super().__init__()
@@ -70,8 +68,7 @@ def torchvision_encoder(name: str) -> nn.Module:
     """A classification network of torchvision without its last layer: B 3 S S -> B D.
 
     The last Linear and the dropouts before it in the same Sequential become identities, so `state_dict` keeps the key
-    names of the torchvision model. Raises UsageError if the network does not end in one Linear over the classes.
-    """
+    names of the torchvision model. Raises UsageError if the network does not end in one Linear over the classes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of googlenet's and inception's initialisation
         net = torchvision.models.get_model(name, weights=None)
@@ -107,8 +104,7 @@ def build_encoder(name: str, size: int | None = None, widths: Sequence[int] = ()
 
 
 def check_size(encoder: nn.Module, name: str, size: int) -> None:
-    """Raises UsageError if the encoder of that name does not take views of `size` px, or has no features for each. It
-    is in eval mode then."""
+    """Put an encoder into eval mode. Raises UsageError if it takes no views of `size` px, or gives no B D."""
     try:
         with torch.no_grad():
             features = encoder.eval()(torch.zeros(1, 3, size, size))
@@ -176,8 +172,7 @@ class Decoder(nn.Module):
     """The base of the decoders: features of mixtures B D and of asked views A D, candidates B n (rows of A) -> B n.
 
     A tuple of several tables of candidates gets a tuple of logits, all from one projection. Decoders have `prepare`,
-    for B D, A D -> what `answer` takes besides the candidates B n -> logits B n.
-    """
+    for B D, A D -> what `answer` takes besides the candidates B n -> logits B n."""
 
     def forward(self, mixtures, asked, candidates):
         with torch.autocast(mixtures.device.type, enabled=False):
@@ -223,8 +218,7 @@ class DotDecoder(Decoder):
 class Projection(nn.Sequential):
     """Linear, then each direction to mean 0 and variance 1 over the batch: R D -> R P.
 
-    The features are not negative, so without the centring all images point the same way.
-    """
+    The features are not negative, so without the centring all images point the same way."""
 
     def __init__(self, features: int, projection: int):
         super().__init__(nn.Linear(features, projection, bias=False), nn.BatchNorm1d(projection, affine=False))
@@ -235,8 +229,7 @@ class Projection(nn.Sequential):
 
 
 class CosineDecoder(Decoder):
-    """The cosine of the projections, divided by a temperature that is learned, from 0.1 on (SimCLR's is fixed: Chen et
-    al. 2020, section 2.1)."""
+    """The cosine of projections over a learned temperature, from 0.1 on (SimCLR's is fixed: Chen et al. 2020, 2.1)."""
 
     def __init__(self, features: int, projection: int = 256):
         super().__init__()
@@ -280,8 +273,7 @@ class RidgeDecoder(Decoder):
     Least squares with a learned ridge, and a learned price on weights that do not sum to one; solutions that are not
     positive become weights near zero. Pixels are unmixed like this in remote sensing (Keshava & Mustard 2002; the sum
     as one more equation: Heinz & Chang 2001); here the encoder learns the space in which it is right. With a large
-    ridge it is a dot product, with none it is exact where features are linear in the pixels.
-    """
+    ridge it is a dot product, with none it is exact where features are linear in the pixels."""
 
     def __init__(self, features: int, projection: int = 256):
         super().__init__()
@@ -353,8 +345,7 @@ class Classifier(nn.Module):
 def build_model(
     encoder: str, decoder: str, size: int, classes: int | None = None, widths: Sequence[int] | None = None
 ) -> Unmixer | Classifier:
-    """The network for views of `size` px: an Unmixer, or with `classes` a Classifier, which has no decoder. For
-    `widths` see ConvEncoder. Raises UsageError."""
+    """The network for views of `size` px: an Unmixer, or with `classes` a Classifier without decoder. Or UsageError."""
     net = build_encoder(encoder, size, widths or ())
     if classes:
         return Classifier(net, classes)

@@ -1,23 +1,23 @@
 """Somebody's own training, its pieces made afresh for every check, and what torch does when they are called."""
 
+import contextlib
 import itertools
 import os
-import random
 import sys
 from collections import namedtuple
 from collections.abc import Callable
+from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.data import IterableDataset
 
 from harness.errors import UsageError, code_line, describe
 
 LOOKED = 8  # batches looked at
-HERE = os.path.dirname(os.path.abspath(__file__))
-LIBRARY = (os.path.dirname(torch.__file__), *(os.path.join(HERE, f) for f in ("checks.py", "own.py")), "<")
+LIBRARY = (os.path.dirname(torch.__file__), *(str(Path(__file__).with_name(f"{m}.py")) for m in ("checks", "own")), "<")
 Pieces = namedtuple("Pieces", "model loss batches optimizer step", defaults=[None])  # what a setup returns
 Call = namedtuple("Call", "name args kwargs out tensors line grad")  # tensors: those among the arguments
 
@@ -25,6 +25,15 @@ Call = namedtuple("Call", "name args kwargs out tensors line grad")  # tensors: 
 def tensors(*values: object) -> list[torch.Tensor]:
     """The tensors in nested tuples, lists and dictionaries."""
     return [leaf for leaf in pytree.tree_leaves(values) if torch.is_tensor(leaf)]
+
+
+def damages(dataset: object) -> bool:
+    """Whether asking a data set for its first example changes the first rows of what it stores."""
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__dict__") or isinstance(dataset, IterableDataset):
+        return False
+    rows = lambda: repr([x[:1].tolist() for x in pytree.tree_leaves(vars(dataset)) if getattr(x, "ndim", 0)])  # noqa: E731
+    before = rows(), dataset[0]
+    return before[0] != rows()
 
 
 class Trace(TorchFunctionMode):
@@ -46,47 +55,47 @@ class Own:
     """Somebody's own setup. Raises UsageError if it cannot be used."""
 
     def __init__(self, setup: Callable, n: int = 8, seed: int = 0, device: str | torch.device | None = None):
-        self.setup, self.seed, self.device, self.heard, self.raw = setup, seed, device, [], None
+        self.setup, self.seed, self.device, self.heard, self.raw, self.trains = setup, seed, device, [], None, False
         self.device = next(self.fresh().model.parameters()).device
         if not self.raw:
             raise UsageError("batches is empty; give one batch or more")
         self.batches = [self.copy(batch) for batch in self.raw]
         self.batch = self.few = self.batches[0]
+        self.plain = self.raw[0] is not self.raw[-1] and all(map(torch.is_tensor, pytree.tree_leaves(self.batch)))
         lengths = {leaf.shape[0] for leaf in tensors(self.batch) if leaf.ndim}
         self.size = lengths.pop() if len(lengths) == 1 else 0  # examples in it, if that can be told
         others = {length for leaf in tensors(self.batch) for length in leaf.shape[1:]}
         self.n = next((k for k in range(min(n, self.size), 1, -1) if k not in others), 0)  # like no other dimension
         if self.n:
             self.few = self.copy(self.batch, [i * self.size // self.n for i in range(self.n)], self.size)
+        ways = [(few, n, trains) for trains in (False, True) for few, n in ((self.few, self.n), (self.batch, 0))]
+        for self.few, self.n, self.trains in (*ways, ways[0]):  # a batch may not be cut, or the loss be for training
+            with contextlib.suppress(Exception):
+                self.ask(self.fresh(), self.few)
+                break
 
     def fresh(self, seed: int = 0) -> Pieces:
         """New pieces, the same at each call with the same seed. What the model gets and gives is kept in `heard`."""
         torch.manual_seed(self.seed + seed)
         try:
             parts = self.setup()
-            fits = isinstance(parts, tuple) and len(parts) in (4, 5) and isinstance(parts[0], nn.Module)
-            if fits and self.raw is None:
-                self.raw = list(itertools.islice(parts[2], LOOKED))
-                self.changes = self.differs(getattr(parts[2], "dataset", None))
+            p = Pieces(*parts) if isinstance(parts, (tuple, list)) and len(parts) in (4, 5) else None
+            if p and self.raw is None:
+                self.raw = list(itertools.islice(p.batches, LOOKED))
+                self.changes = damages(getattr(p.batches, "dataset", None))
         except (Exception, SystemExit) as error:
             raise UsageError(f"setup(), or its batches, stopped with {describe(error, LIBRARY)}") from error
-        if not fits:
+        if p is None:
             raise UsageError("setup() has to return (model, loss, batches, optimizer), or these and step")
-        if not list(parts[0].parameters()):
+        fits = {"model": isinstance(p.model, nn.Module), "step": p.step is None or callable(p.step)}
+        fits["loss"] = callable(p.loss) and not isinstance(p.loss, nn.modules.loss._Loss)  # of (model, batch)
+        fits["optimizer"] = p.optimizer is None or isinstance(p.optimizer, torch.optim.Optimizer)
+        for name in (name for name, good in fits.items() if not good):
+            raise UsageError(f"setup() gives {str(getattr(p, name)).splitlines()[0]:.60} as {name}, which it cannot be")
+        if not list(p.model.parameters()):
             raise UsageError("the model has no parameters; are its layers in a Python list?")
-        parts[0].to(self.device).register_forward_hook(lambda _, x, y: self.heard.append((tensors(x), tensors(y))))
-        return Pieces(*parts)
-
-    def differs(self, dataset: object) -> bool:
-        """Whether a data set gives another first example when it is asked again, with the same random numbers."""
-        if not hasattr(dataset, "__getitem__"):
-            return False
-        state, np_state, seen = random.getstate(), np.random.get_state(), []
-        for _ in range(2):
-            torch.manual_seed(0), random.seed(0), np.random.seed(0)
-            seen.append(self.copy(tensors(dataset[0])))
-        random.setstate(state), np.random.set_state(np_state)
-        return not all(map(torch.equal, *seen))
+        p.model.to(self.device).register_forward_hook(lambda _, x, y: self.heard.append((tensors(x), tensors(y))))
+        return p
 
     def copy(self, batch: object, rows: list[int] | None = None, size: int = -1) -> object:
         """A copy of a batch, or of some of its `size` examples, on the model's device."""
@@ -100,7 +109,7 @@ class Own:
         trace.calls = []
         with torch.random.fork_rng(), trace:
             torch.manual_seed(self.seed + seed)
-            trace.loss = p.loss(p.model.train(train), self.copy(batch))
+            trace.loss = p.loss(p.model.train(train or self.trains), self.copy(batch))
             trace.random = torch.get_rng_state()
         p.model.train(mode)
         if not torch.is_tensor(trace.loss) or trace.loss.numel() != 1:
@@ -110,5 +119,22 @@ class Own:
 
     def measure(self, p: Pieces, batch: object, train: bool = False) -> float:
         """The loss alone."""
-        with torch.no_grad():
-            return self.ask(p, batch, train).loss.item()
+        return self.ask(p, batch, train).loss.item()
+
+    def mixed(self, p: Pieces) -> tuple[float | None, bool]:
+        """The loss of a few examples, each with the first input of another one, None if nothing could be mixed; and
+        whether the model's answers stay as they were."""
+        first, outs, found = *(self.ask(q, self.few, train=True).outs[:1] for q in (self.fresh(), p)), []
+
+        def mix(module, *given):
+            leaves, tree = pytree.tree_flatten(given)
+            found.extend(i for i, x in enumerate(leaves) if torch.is_tensor(x) and x.shape[:1] == (self.n,))
+            for i in found[:1]:
+                leaves[i] = leaves[i].roll(1, 0)
+            return pytree.tree_unflatten(leaves, tree)
+
+        with p.model.register_forward_pre_hook(mix, with_kwargs=True):
+            loss, trace = self.measure(p, self.few), self.ask(p, self.few, train=True)
+        outs = [outs for outs in zip(first, outs, trace.outs, strict=False) if found and outs[0].shape[:1] == (self.n,)]
+        still = bool(outs) and all((b - c).abs().max() <= 0.01 * max(a.abs().max(), b.abs().max()) for a, b, c in outs)
+        return min(loss, trace.loss.item()) if found else None, still

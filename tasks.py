@@ -8,8 +8,7 @@
     task.validation()            -> the task that a run is validated with, whatever it trained with
     task.baselines()             -> {name: question -> scores}: what needs no network
 
-TASKS, at the end, has them by name. docs/runs.md shows how to add one.
-"""
+TASKS, at the end, has them by name. docs/runs.md shows how to add one."""
 
 import inspect
 import math
@@ -74,8 +73,7 @@ class WeightTask(Task):
 
     size        side of a view, px
     activation  "softmax": the weights as a distribution; "sigmoid": each weight by itself
-    loss        "kl": cross-entropy less the entropy of the truth; "mse": squared error
-    """
+    loss        "kl": cross-entropy less the entropy of the truth; "mse": squared error"""
 
     symmetric = False  # whether the loss asks the other way round too, see MixupTransform
 
@@ -132,9 +130,7 @@ class MixupTransform(WeightTask):
                 Mixing two images with a Beta weight: mixup (Zhang et al. 2018, section 2).
     views       the candidates show another view than the one that was mixed; else the very same pixels
     size        side of a view, px
-
-    With "batch", softmax and kl it is asked the other way round, too: which share of this image is in each mixture?
-    """
+    With "batch", softmax and kl it is asked the other way round, too: which share of this image is in each mixture?"""
 
     def __init__(
         self, candidates: int | str = "batch", sources: int = 2, dist: Distribution | None = None, views: bool = True,
@@ -152,8 +148,7 @@ class MixupTransform(WeightTask):
         self.dist = dist if dist is not None else Uniform(0.0, 1.0)
 
     def draw(self, images: torch.Tensor, rng: torch.Generator) -> list[torch.Tensor]:
-        """Sources B k and their weights B k, candidates B n and the answer B n, the views. Raises UsageError if the
-        batch is smaller than the candidates."""
+        """Sources and weights B k, candidates and answer B n, views. Raises UsageError if the batch is too small."""
         B, k = len(images), self.sources
         n = self.candidates
         if n == "batch":  # the first table has the whole batch, the second n candidates
@@ -201,8 +196,7 @@ class MixupTransform(WeightTask):
         return rows, torch.stack([*weights, left], dim=1)
 
     def validation(self) -> "MixupTransform":
-        """The fixed question, the same for every run: two of three candidates (one of them if `sources` is 1), weights
-        from 0.1 to 0.9."""
+        """The fixed question of all runs: two of three candidates (one if `sources` is 1), weights from 0.1 to 0.9."""
         sources = min(2, self.sources)
         return MixupTransform(3, sources, Uniform(0.1, 0.9), self.views, self.size, self.activation, self.loss)
 
@@ -298,8 +292,7 @@ class Classify(LabelTask):
     count as much as frequent ones: logit adjustment (Menon et al. 2021, equation 10).
 
     counts  images of each class in the training set, C
-    size    side of a view, px; None if features come in place of images
-    """
+    size    side of a view, px; None if features come in place of images"""
 
     def __init__(self, counts: torch.Tensor, size: int | None):
         self.classes, self.size = len(counts), size
@@ -343,8 +336,7 @@ def compare(predicted: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.T
     """Predicted against true weights, B n each.
 
     source_accuracy  share of mixtures whose heaviest predicted candidates are exactly the sources
-    weight_mae       mean absolute error over all candidates
-    """
+    weight_mae       mean absolute error over all candidates"""
     source = weights > 0
     lightest_source = predicted.masked_fill(~source, float("inf")).amin(dim=1)
     heaviest_other = predicted.masked_fill(source, float("-inf")).amax(dim=1)

@@ -8,8 +8,7 @@
     tensorboard --logdir runs                                   watch it
 
 The run's folder gets settings.json, history.csv, summary.json, validation.png, checkpoint.pt, encoder.pt and what
-TensorBoard shows.
-"""
+TensorBoard shows."""
 
 import argparse
 import contextlib
@@ -217,8 +216,7 @@ class Progress:
 
 
 def fit(progress: Progress, train_loader: DataLoader, val_loader: DataLoader, log: Log) -> None:
-    """Every epoch: train, validate, log, save. The validation question is asked about as many training images, too, so
-    that its curves can be compared."""
+    """Every epoch: train, validate, log, save. As many training images get the validation question, to compare."""
     args, trainer = progress.args, progress.trainer
     task = trainer.task
     fixed = task.validation()  # the question that all runs share; of some tasks the task itself
@@ -346,8 +344,7 @@ class Answers:
 
 
 def look_inside(trainer: Trainer, val_loader: DataLoader, log: Log, size: int, epoch: int, subrun: str | None) -> None:
-    """Log histograms, first kernels, nearest neighbours and, in `subrun`, features of views of `size` px as points.
-    This takes longer."""
+    """Log histograms, first kernels, nearest neighbours and, in `subrun`, features of views of `size` px as points."""
     if RANK:
         return
     images, rows = val_loader.dataset.images, val_loader.dataset.rows

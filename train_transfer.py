@@ -12,8 +12,7 @@ the correction stand beside them. The folder gets settings.json, summary.json, p
 shows: curves, confusion matrices and the most confident mistakes.
 
 `--mode linear` trains a linear classifier on the frozen encoder. `--mode knn` asks the 20 nearest training images.
-`--mode probe` trains nothing: a linear classifier in closed form, kNN, and the first again with 25 labels a class.
-"""
+`--mode probe` trains nothing: a linear classifier in closed form, kNN, and the first again with 25 labels a class."""
 
 import argparse
 import contextlib
@@ -141,8 +140,7 @@ def names_of(start: Start, mode: str) -> list[str]:
 
 
 def run_once(start: Start, data: Labelled, recipe: argparse.Namespace, seed: int, after_step: Callable) -> list[dict]:
-    """One run of one start, as a checkpoint keeps it: a dict for each of its rows. `after_step()` is called after every
-    step."""
+    """One run of one start, as a checkpoint keeps it: a dict for each of its rows. `after_step()` follows each step."""
     clock, curve, runs = time.perf_counter(), [], []
     answers = classify(start, data, recipe, seed, lambda *epoch: curve.append(epoch), after_step)
     seconds = time.perf_counter() - clock

@@ -252,8 +252,7 @@ def few_probe(train: torch.Tensor, labels: torch.Tensor, val: torch.Tensor, C: i
 
 def knn(train: torch.Tensor, labels: torch.Tensor, val: torch.Tensor, C: int, held: torch.Tensor) -> Answer:
     """The classes of most of the 20 nearest training images, by the cosine of their features. A vote counts by the
-    inverse of how frequent its class is in training. For the classes of the validation images, neighbours are searched
-    among the training images of these classes."""
+    inverse of its class's frequency in training. For val_classes, neighbours are those of these classes alone."""
     frequency = labels.bincount(minlength=C).clamp(min=1)
     votes = _votes(train, labels, val, C)  # M C
     corrected = votes / frequency

@@ -6,8 +6,7 @@
 
 RUN is the folder of a run of train_pretext.py. The mixture shows another crop, flip and colour of its sources than the
 candidates do, unless the run trained without other views. Beside the network's answer stands that of least squares on
-the pixels, which has learnt nothing.
-"""
+the pixels, which has learnt nothing."""
 
 import argparse
 from pathlib import Path

@@ -1,7 +1,6 @@
 """The bundled data set: patches of the photographs in scikit-image's wheel, one class each, in Image网's shape.
 
-Patches of one split may overlap; those of different splits never share a pixel. docs/data.md describes it.
-"""
+Patches of one split may overlap; those of different splits never share a pixel. docs/data.md describes it."""
 
 import functools
 import hashlib

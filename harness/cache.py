@@ -40,8 +40,7 @@ def build(file: Path, paths: Sequence[str], load: Callable[[str], np.ndarray], i
     `paths` of the rows; "skipped", [path, why] of the others; "same", groups of rows with equal pixels. Before the file
     is complete, `check(index)` may raise. Raises UsageError or RunError about --data-dir if it cannot be written.
 
-    load  path -> H H 3 uint8; raises Damaged, and OSError if a drive is lost: that leaves no cache
-    """
+    load  path -> H H 3 uint8; raises Damaged, and OSError if a drive is lost: that leaves no cache"""
     data_dir, kept, same = file.parent.parent, [], defaultdict(list)
 
     def row(path):

@@ -108,8 +108,7 @@ class Interrupts:
 
 
 class Patient:
-    """A stream whose reader may go away, such as a terminal that closes: from then on nothing is written, and the run
-    goes on."""
+    """A stream whose reader may go away, such as a terminal that closes: then nothing is written, and a run goes on."""
 
     def __init__(self, stream: io.TextIOWrapper):
         self.stream = stream

@@ -2,8 +2,7 @@
 
     fetch("imagewang-160", data_dir) -> the folder with train/, val/ and unsup/
 
-Archives (`FILE.part`) and folders (`NAME.unpacking`) get their final names when they are complete and verified.
-"""
+Archives (`FILE.part`) and folders (`NAME.unpacking`) get their final names when they are complete and verified."""
 
 import contextlib
 import errno
@@ -226,8 +225,7 @@ def unpack_tiny_imagenet(name: str, file: Path, folder: Path, bar: tqdm) -> None
     A class's images are sorted by the MD5 of the file's name, as hex. tinywang is Image网's protocol on 20 classes, of
     which it takes the images of `train` and `val` (500 + 50): those of the ten EASY classes go to train/CLASS/; of the
     ten HARD ones the first tenth (55) goes to train/CLASS/, the next three tenths (165) to val/CLASS/, the rest (330)
-    to unsup/. probe40 takes the images of `train` of 40 OTHERS, which go to train/CLASS/ and val/CLASS/ in turn.
-    """
+    to unsup/. probe40 takes the images of `train` of 40 OTHERS, which go to train/CLASS/ and val/CLASS/ in turn."""
     with zipfile.ZipFile(file) as archive:
         chosen = []  # (target, member)
         for label, members in _tiny_imagenet_classes(archive, file, name).items():

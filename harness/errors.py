@@ -31,7 +31,7 @@ class RunError(RuntimeError):
 
 def code_line(file: str, line: int) -> str:
     """A line of a file in a person's words."""
-    return f" ({os.path.basename(file)}, line {line}: `{linecache.getline(file, line).strip()}`)"
+    return f" ({os.path.basename(file)}, line {line}: `{linecache.getline(file, line).strip()[:80]}`)"
 
 
 def describe(error: BaseException, skip: tuple[str, ...]) -> str:

@@ -31,8 +31,7 @@ def unusable(name: str, place: str | Path, error: OSError, needs: str = "") -> E
 
 
 def write(file: str | Path, fill: Callable[[BinaryIO], object], ending: str = ".part") -> None:
-    """Call `fill(stream)` on a temporary file beside, flush it to the disk, then rename it: never half a file. The
-    temporary file's name has this `ending`."""
+    """Call `fill(stream)` on a temporary file beside, with this `ending`, flush, then rename it: never half a file."""
     file = Path(file)
     part = file.with_name(f"{file.name}{ending}")
     try:

@@ -1,7 +1,6 @@
 """TensorBoard and CSV logging of a run.
 
-Curves with the same name lie in sub-runs (`train`, `val`, `chance`), so that TensorBoard draws them on one chart.
-"""
+Curves with the same name lie in sub-runs (`train`, `val`, `chance`), so that TensorBoard draws them on one chart."""
 
 import contextlib
 import csv

@@ -33,8 +33,7 @@ def draw_mixtures(
 
     mixtures B 3 S S uint8, candidates B n 3 S S uint8, weights and predicted B n, None if they are not known
     examples  mixtures on the sheet, at most
-    tile      side of a view on the sheet, px
-    """
+    tile      side of a view on the sheet, px"""
     examples, n, gap = min(examples, len(mixtures)), candidates.shape[1], tile // 9
     bars = [(w, colour) for w, colour in ((weights, TRUE), (predicted, PREDICTED)) if w is not None]
     width, height = (n + 1) * (tile + gap) + 2 * gap, tile + len(bars) * BAR + 2 * gap
@@ -98,8 +97,7 @@ def draw_confusion(predicted: torch.Tensor, labels: torch.Tensor, classes: list[
     """A confusion matrix: a row for each class that occurs, a column for each class. Of more than 40 classes, the 30
     that are taken for others, or others for them, most often.
 
-    predicted, labels  M int64, indices into `classes`. A cell has the per cent of its row; right ones are framed.
-    """
+    predicted, labels  M int64, indices into `classes`. A cell has the per cent of its row; right ones are framed."""
     shown, wrong, classes = torch.arange(len(classes)), predicted != labels, legible(classes)
     if len(classes) > CLASSES:
         confused = torch.cat([labels[wrong], predicted[wrong]]).bincount(minlength=len(classes))

@@ -2,8 +2,7 @@
 
 Every rank draws the same question for the global batch, encodes its own slice of it, and gathers the features of the
 others. So all ranks have the same loss, and N ranks of B/N images do what one rank of B does. Without torchrun there is
-one rank, and these functions do nothing.
-"""
+one rank, and these functions do nothing."""
 
 import contextlib
 import datetime

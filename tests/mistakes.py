@@ -291,7 +291,7 @@ def targets_not_normalised(broken):
     return regressor(data=(x, 2e5 + 1e5 * y if broken else y), lr=1e-3)
 
 
-@mistake("steps")
+@mistake("overfit")
 def targets_scaled_away(broken):
     x, y = curve()
     return regressor(data=(x, 1e-4 * y if broken else y))
@@ -877,7 +877,7 @@ def index_ignored(broken):
     return model, classify, DataLoader(Data(), 32, shuffle=True), torch.optim.Adam(model.parameters(), 1e-2)
 
 
-@mistake("steps")
+@mistake("overfit")
 def labels_lost(broken):
     x, y = curve()
     return regressor(data=(x, (y / 10).long().float() if broken else y))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import torchvision
 from conftest import ROOT
 from mistakes import MISTAKES
+from sound import SOUND
 from torch import nn
 
 from checks import FAILED, OK, WARNING, diagnose
@@ -54,6 +55,12 @@ def test_every_mistake_is_found_or_known_to_be_missed_and_none_where_there_is_no
         assert first(functools.partial(setup, True))[0] == (check or ""), name
         assert first(functools.partial(setup, False))[0] == "", name
     assert sum(check is None for _, check in MISTAKES.values()) <= 13
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_nothing_is_wrong_with_a_sound_setup_of_an_unusual_kind(name):
+    found, result = first(SOUND[name])
+    assert not found, result
 
 
 class Sequence(nn.Module):
@@ -166,10 +173,16 @@ def test_a_file_of_ones_own(script):
          "the model has no parameters"),
         (GOOD.replace("list(zip(", "[] and list(zip("), "batches is empty"),
         (GOOD.replace("model(batch[0]), batch[1])", "model(batch[0]), batch[1], reduction='none')"), "one number"),
+        (GOOD.replace("loss, batches", "nn.CrossEntropyLoss(), batches"), "CrossEntropyLoss() as loss, which"),
+        (GOOD.replace("Adam(model.parameters(), 1e-2)", "Adam"), "as optimizer, which it cannot be"),
+        (GOOD.replace("1e-2)", "1e-2), 3"), "setup() gives 3 as step, which it cannot be"),
+        ("folder", "no such file"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(script, content, message):
-    if content is not None:
+    if content == "folder":
+        Path("mine.py").mkdir()
+    elif content is not None:
         Path("mine.py").write_text(content)
     end = script("debug_overfit.py", "--own", "mine.py")
     assert end.status == 2 and message in end.err.replace("No such file", "no such file"), end.err
