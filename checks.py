@@ -86,8 +86,7 @@ def check_batches(own: Own) -> Iterator[tuple]:
     yield bad, f"{bad} numbers are NaN or infinite (0)", "One such number spoils all weights: fill the gaps."
     bad = own.plain and any(all(map(torch.equal, a, b)) for a, b in itertools.pairwise(kept))
     yield bad, "two batches in a row are equal", "The loader repeats itself: does an index stand still, or a seed?"
-    why = "Asking for an example changes it, as x -= mean in place does: work on a copy."
-    yield own.changes, "the data set's example 0 is another after it was asked for", why
+    yield own.changes, "the data set's example 0 changes when it is asked for", "Does x -= mean in place? Copy first."
     kept, vary = [batch for batch in kept if [x.shape for x in batch] == [x.shape for x in kept[0]]], []
     for i in range(len(kept[0])) if own.size > 7 else ():
         x = torch.stack([batch[i] for batch in kept]).reshape(len(kept), own.size, -1)[:, :, :9999].double().cpu()

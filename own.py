@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils.data import IterableDataset
 
 from harness.errors import UsageError, code_line, describe
 
@@ -29,11 +28,11 @@ def tensors(*values: object) -> list[torch.Tensor]:
 
 def damages(dataset: object) -> bool:
     """Whether asking a data set for its first example changes the first rows of what it stores."""
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__dict__") or isinstance(dataset, IterableDataset):
-        return False
     rows = lambda: repr([x[:1].tolist() for x in pytree.tree_leaves(vars(dataset)) if getattr(x, "ndim", 0)])  # noqa: E731
-    before = rows(), dataset[0]
-    return before[0] != rows()
+    with contextlib.suppress(Exception):  # of what has no first example, such as a stream
+        before = rows(), dataset[0]
+        return before[0] != rows()
+    return False
 
 
 class Trace(TorchFunctionMode):
@@ -118,7 +117,7 @@ class Own:
         return trace
 
     def measure(self, p: Pieces, batch: object, train: bool = False) -> float:
-        """The loss alone."""
+        """The loss."""
         return self.ask(p, batch, train).loss.item()
 
     def mixed(self, p: Pieces) -> tuple[float | None, bool]:
@@ -135,6 +134,7 @@ class Own:
 
         with p.model.register_forward_pre_hook(mix, with_kwargs=True):
             loss, trace = self.measure(p, self.few), self.ask(p, self.few, train=True)
-        outs = [outs for outs in zip(first, outs, trace.outs, strict=False) if found and outs[0].shape[:1] == (self.n,)]
-        still = bool(outs) and all((b - c).abs().max() <= 0.01 * max(a.abs().max(), b.abs().max()) for a, b, c in outs)
-        return min(loss, trace.loss.item()) if found else None, still
+        fits = lambda x: x.is_floating_point() and x.shape[:1] == (self.n,)  # noqa: E731
+        outs = [o for o in zip(first, outs, trace.outs, strict=False) if found and fits(o[0])]
+        still = [(b - c).abs().max() <= 0.01 * max(a.abs().max(), b.abs().max()) for a, b, c in outs] or [False]
+        return min(loss, trace.loss.item()) if found else None, all(still)

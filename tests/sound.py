@@ -289,6 +289,20 @@ def a_first_bump():
 
 
 @sound
+def examples_by_name():
+    class Named(Dataset):
+        data = {f"a{i}": (torch.randn(20), torch.randint(3, ())) for i in range(64)}
+
+        def __len__(self):
+            return len(self.data)
+
+        def __getitem__(self, name):
+            return self.data[name]
+
+    return (m := mlp()), classify, DataLoader(Named(), 16, sampler=list(Named.data)), adam(m)
+
+
+@sound
 def words():
     batches = [([chr(97 + k) for k in row], (row > 12).long()) for row in torch.randint(26, (6, 16))]
     letters = lambda b: torch.tensor([[ord(word) / 10 - 11] for word in b[0]])  # noqa: E731
