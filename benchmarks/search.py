@@ -20,6 +20,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -136,9 +137,7 @@ def experiment(args: argparse.Namespace, name: str, seed: int) -> None:
     folder, common = args.runs / file.stem, ["--data-dir", args.data_dir, "--overwrite"]
     start = folder / "pretext" if recipe else "scratch"
     if recipe and missing and not (start / "summary.json").exists():
-        script, *words = f"{recipe} --epochs {epochs} --seed {seed}".split()
-        words += ["--widths", *args.widths, "--data", args.data, "--out", start, *common]
-        call([script, *(["--resume", start] if (start / "checkpoint.pt").exists() else words)], folder / "pretext.log")
+        pretrain(args, f"{recipe} --epochs {epochs} --seed {seed}", start, folder / "pretext.log")
     if recipe and missing:
         summary = json.loads((start / "summary.json").read_text("utf-8"))
         widths = "" if args.widths == list(WIDTHS) else f" --widths {' '.join(map(str, args.widths))}"
@@ -157,12 +156,19 @@ def experiment(args: argparse.Namespace, name: str, seed: int) -> None:
         print(f"{file.stem}: {', '.join(figures)}", flush=True)
 
 
+def pretrain(args: argparse.Namespace, recipe: str, out: Path, log: Path) -> None:
+    """Run a recipe, or go on with it where `out` has a checkpoint."""
+    script, *words = recipe.split()
+    words += ["--widths", *args.widths, "--data", args.data, "--data-dir", args.data_dir, "--out", out, "--overwrite"]
+    call([script, *(["--resume", out] if (out / "checkpoint.pt").exists() else words)], log)
+
+
 def clock(args: argparse.Namespace, name: str) -> None:
     """Note the seconds of an epoch, the mean of a short run's, without validation."""
     timed = json.loads(TIMED.read_text("utf-8")) if TIMED.exists() else []
     start, recipe = args.runs / "timed", f"{RECIPES[name].command} --epochs {EPOCHS}"
-    words = ["--widths", *args.widths, "--data", args.data, "--data-dir", args.data_dir, "--out", start, "--overwrite"]
-    call([*recipe.split(), *words], args.runs / "timed.log")
+    shutil.rmtree(start, ignore_errors=True)  # always from the first epoch
+    pretrain(args, recipe, start, args.runs / "timed.log")
     summary = json.loads((start / "summary.json").read_text("utf-8"))
     seconds = summary["seconds"]
     if recipe.startswith(PRETEXT):  # which validates, too

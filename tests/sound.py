@@ -6,8 +6,9 @@ from collections import UserDict
 import numpy as np
 import torch
 import torch.nn.functional as F
+from mistakes import classify, loader
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 SOUND = {}
 
@@ -25,17 +26,12 @@ def mlp(inputs: int = 20, outputs: int = 3) -> nn.Sequential:
 
 def data(*more):
     """Random inputs and labels, with further tensors, in a loader."""
-    return DataLoader(TensorDataset(torch.randn(128, 20), torch.randint(3, (128,)), *more), 16, shuffle=True)
+    return loader(torch.randn(128, 20), torch.randint(3, (128,)), *more, size=16)
 
 
 def adam(model, rate=3e-3):
     """An optimiser."""
     return torch.optim.Adam(model.parameters(), rate)
-
-
-def classify(model, batch):
-    """Cross-entropy."""
-    return F.cross_entropy(model(batch[0]), batch[1])
 
 
 class Inside(nn.Module):
@@ -207,8 +203,7 @@ def a_head_of_zeros():
 def frames_in_channels():
     m = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 49, 3))
     loss = lambda m, b: F.cross_entropy(m(b[0].view(-1, 3, 16, 16)).view(-1, 4, 3).mean(1), b[1])  # noqa: E731
-    batches = DataLoader(TensorDataset(torch.randn(64, 12, 16, 16), torch.randint(3, (64,))), 16, shuffle=True)
-    return m, loss, batches, adam(m)
+    return m, loss, loader(torch.randn(64, 12, 16, 16), torch.randint(3, (64,)), size=16), adam(m)
 
 
 @sound

@@ -13,11 +13,13 @@ def digits(scale=16.0):
 
 
 def cross_entropy(model, batch):
+    """The loss of a batch (inputs, labels)."""
     inputs, labels = batch
     return nn.functional.cross_entropy(model(inputs), labels)
 
 
 def loader(*tensors, batch_size=32):
+    """Shuffled batches of these tensors."""
     return DataLoader(TensorDataset(*tensors), batch_size=batch_size, shuffle=True)
 
 
