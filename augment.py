@@ -18,24 +18,23 @@ import torch.nn.functional as F
 MEAN = torch.tensor([0.485, 0.456, 0.406])  # of ImageNet
 STD = torch.tensor([0.229, 0.224, 0.225])
 GREY = torch.tensor([0.299, 0.587, 0.114])  # luma, ITU-R BT.601
-TO_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-FROM_YIQ = torch.linalg.inv(TO_YIQ)
+TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], np.float32)
 # A colour matrix is luma, plus chroma times the cosine of its turn, plus turned chroma times the sine: 3 9.
-CHROMA = torch.zeros(3, 3, 3)
+CHROMA = np.zeros((3, 3, 3), np.float32)
 CHROMA[0, 0, 0] = CHROMA[1, 1, 1] = CHROMA[1, 2, 2] = CHROMA[2, 2, 1] = 1
 CHROMA[2, 1, 2] = -1
-CHROMA = (FROM_YIQ @ CHROMA @ TO_YIQ).flatten(1)
+CHROMA = (np.linalg.inv(TO_YIQ) @ CHROMA @ TO_YIQ).reshape(3, 9)
 
 CROP = 0.3  # smallest share of the image that a view shows
 CROP_ASPECT = (3 / 4, 4 / 3)  # width / height of the crop
 BRIGHTNESS = CONTRAST = SATURATION = 0.4  # factors drawn from 1 ± this
 HUE = 0.1  # turn of the hue circle, ±
 GREY_SHARE = 0.1  # share of views without colour
-LOW, HIGH = torch.tensor([  # the ends of what `draw_views` draws: 10
+LOW, HIGH = np.array([  # the ends of what `draw_views` draws: 10
     (CROP, 1), tuple(map(math.log, CROP_ASPECT)), (0, 1), (0, 1), (0, 1),  # area, aspect, left, top, flip
     *((1 - spread, 1 + spread) for spread in (BRIGHTNESS, CONTRAST, SATURATION)),
     (-2 * math.pi * HUE, 2 * math.pi * HUE), (0, 1),  # hue, grey
-]).T  # fmt: skip
+], np.float32).T  # fmt: skip
 
 
 def seed_of(*key: int) -> int:
@@ -88,28 +87,26 @@ def augment(images: torch.Tensor, size: int, rng: torch.Generator) -> torch.Tens
 
 def draw_views(count: int, rng: torch.Generator) -> torch.Tensor:
     """Draw what `augment` varies, for `count` views, on the CPU: a table for `make_views`."""
-    draws = LOW + (HIGH - LOW) * torch.rand(count, 10, generator=rng)
-    area, aspect, left, top, flip, brightness, contrast, saturation, turn, grey = draws.unbind(1)
-    aspect = aspect.exp()
-    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+    draws = LOW + (HIGH - LOW) * torch.rand(count, 10, generator=rng).numpy()  # NumPy is faster with few numbers
+    area, aspect, left, top, flip, brightness, contrast, saturation, turn, grey = draws.T
+    aspect = np.exp(aspect)
+    width, height = np.minimum(np.sqrt(area * aspect), 1), np.minimum(np.sqrt(area / aspect), 1)
     left, top = left * (1 - width), top * (1 - height)
-    flip = flip < 0.5
-    left, width = torch.where(flip, left + width, left), torch.where(flip, -width, width)
+    left, width = left + width * (flip < 0.5), np.where(flip < 0.5, -width, width)
     saturation = saturation * (grey >= GREY_SHARE)
-    chroma = torch.stack([torch.ones(count), turn.cos() * saturation, turn.sin() * saturation], dim=1)  # N 3
-    colour = ((brightness * contrast)[:, None] * chroma @ CHROMA).view(count, 3, 3)
+    chroma = np.stack([np.ones_like(turn), np.cos(turn) * saturation, np.sin(turn) * saturation], axis=1)  # N 3
+    colour = ((brightness * contrast)[:, None] * chroma @ CHROMA).reshape(count, 3, 3)
     return draw_boxes(left, width, top, height, colour, brightness * (1 - contrast))
 
 
-def draw_boxes(left, width, top, height, colour=None, tint=None) -> torch.Tensor:
-    """A table for `make_views` of N views with given boxes, on the CPU. Left, width, top and height, N each, are shares
-    of the image; a negative width mirrors. `colour`, N 3 3, takes pixels to colours (default: as they are), to which
-    `tint`, N, times the view's mean grey is added."""
-    N = len(left)
-    colour = torch.eye(3).expand(N, 3, 3) if colour is None else colour
-    tint = torch.zeros(N) if tint is None else tint
-    parts = left, top, width, height, colour / (255 * STD[:, None]), tint[:, None] / STD
-    return torch.cat([part.flatten() for part in parts])  # 16 * N
+def draw_boxes(left, width, top, height, colour=((1, 0, 0), (0, 1, 0), (0, 0, 1)), tint=0.0) -> torch.Tensor:
+    """A table for `make_views` of N views with given boxes, on the CPU, from arrays. Left, width, top and height, N
+    each, are shares of the image; a negative width mirrors. `colour`, N 3 3, takes pixels to colours (default: as they
+    are), to which `tint`, N, times the view's mean grey is added."""
+    N, std = len(left), STD.numpy()
+    colour, tint = np.broadcast_to(colour, (N, 3, 3)), np.broadcast_to(tint, N)
+    parts = left, top, width, height, colour / (255 * std[:, None]), tint[:, None] / std
+    return torch.from_numpy(np.concatenate([np.ravel(part) for part in parts], dtype=np.float32))  # 16 * N
 
 
 def make_views(images: torch.Tensor, size: int, table: torch.Tensor) -> torch.Tensor:

@@ -150,17 +150,17 @@ class _Solve(torch.autograd.Function):
 
 
 def invert(systems: torch.Tensor) -> torch.Tensor:
-    """The inverses of symmetric positive definite matrices: one by its Cholesky factor, many small ones by Gauss-Jordan
-    elimination, three operations a row: n n or G n n."""
-    n = systems.shape[-1]
-    eye = _eye(n, systems.device)
+    """The inverses of symmetric positive definite matrices: one by its Cholesky factor, many small ones by elimination
+    below the diagonal, two operations a row: n n or G n n. With L A = U it is L.T D^-1 L, where D is U's diagonal."""
+    n, eye = systems.shape[-1], _eye(systems.shape[-1], systems.device)
     if systems.ndim == 2:
         return torch.cholesky_solve(eye, torch.linalg.cholesky_ex(systems)[0])
-    both = torch.cat([systems, eye.expand_as(systems)], dim=2)  # G n 2n
-    for k in range(n):
-        row = both[:, k : k + 1] / both[:, k : k + 1, k : k + 1]  # G 1 2n
-        both = torch.addcmul(both, both[:, :, k : k + 1] - eye[:, k : k + 1], row, value=-1)
-    return both[:, :, n:]
+    both = torch.cat([systems, eye.expand_as(systems)], dim=2)  # G n 2n  becomes U, L
+    for k in range(n - 1):
+        row, below = both[:, k : k + 1], both[:, k + 1 :]
+        below.addcmul_(below[:, :, k : k + 1] / row[:, :, k : k + 1], row, value=-1)
+    upper, lower = both.split(n, dim=2)
+    return lower.mT @ (lower / upper.diagonal(dim1=1, dim2=2)[:, :, None])
 
 
 @functools.cache
@@ -183,21 +183,25 @@ class Decoder(nn.Module):
 
 
 class ByNumber(nn.Module):
-    """Learned numbers that may depend on the number of candidates n: start + slope * log(n / 64). With n = 64, the size
-    of the default batch, the slope has no effect."""
+    """Learned numbers that depend on the number of candidates n: start + slope x + curve x², with x = log(n / 64)."""
 
     def __init__(self, **start: float):
         super().__init__()
-        self.names = list(start)  # a ParameterDict sorts them
-        self.start, self.slope = (
+        self.names, zeros = list(start), dict.fromkeys(start, 0.0)  # a ParameterDict sorts its names
+        self.start, self.slope, self.curve = (
             nn.ParameterDict({name: nn.Parameter(torch.tensor(value)) for name, value in values.items()})
-            for values in (start, dict.fromkeys(start, 0.0))
+            for values in (start, zeros, zeros)
         )
 
-    def forward(self, n: int) -> torch.Tensor:
-        """The numbers for n candidates, in the order in which they were given."""
-        start, slope = (torch.stack([part[name] for name in self.names]) for part in (self.start, self.slope))
-        return start + math.log(n / 64) * slope
+    def forward(self) -> torch.Tensor:
+        """The coefficients of all numbers, in the order in which they were given, for `by_number`: 3 K."""
+        return torch.stack([p[name] for p in (self.start, self.slope, self.curve) for name in self.names]).view(3, -1)
+
+
+def by_number(n: int, coefficients: torch.Tensor) -> torch.Tensor:
+    """The numbers for n candidates: 3 K -> K."""
+    start, slope, curve = coefficients
+    return start.add(slope, alpha=math.log(n / 64)).add(curve, alpha=math.log(n / 64) ** 2)
 
 
 class DotDecoder(Decoder):
@@ -237,13 +241,13 @@ class CosineDecoder(Decoder):
         self.numbers = ByNumber(log_scale=math.log(10.0))
 
     def prepare(self, mixtures, asked):
-        """B D, A D -> the cosines, B A."""
+        """B D, A D -> the coefficients of the temperature; the cosines, B A."""
         mixtures, asked = (nn.functional.normalize(z, dim=1) for z in self.project(mixtures, asked))  # B P, A P
-        return (mixtures @ asked.T,)
+        return self.numbers(), mixtures @ asked.T
 
-    def answer(self, cosines, candidates):
-        """The cosines over the temperature: B A, B n -> B n."""
-        return self.numbers(candidates.shape[1]).exp() * cosines.gather(1, candidates)  # B n
+    def answer(self, coefficients, cosines, candidates):
+        """The cosines over the temperature: 3 1, B A, B n -> B n."""
+        return by_number(candidates.shape[1], coefficients).exp() * cosines.gather(1, candidates)  # B n
 
 
 class MLPDecoder(Decoder):
@@ -256,15 +260,14 @@ class MLPDecoder(Decoder):
         self.numbers = ByNumber(log_scale=0.0)
 
     def prepare(self, mixtures, asked):
-        """B D, A D -> B P, A P."""
-        return self.project(mixtures, asked)
+        """B D, A D -> the coefficients of the temperature; the projections B P, A P."""
+        return self.numbers(), *self.project(mixtures, asked)
 
-    def answer(self, mixtures, asked, candidates):
-        """What the MLP says of each pair: B P, A P, B n -> B n."""
+    def answer(self, coefficients, mixtures, asked, candidates):
+        """What the MLP says of each pair: 3 1, B P, A P, B n -> B n."""
         asked = asked.index_select(0, candidates.flatten()).view(*candidates.shape, -1)  # B n P  see RidgeDecoder
-        mixtures = mixtures[:, None]  # B 1 P
-        pair = torch.cat([mixtures * asked, (mixtures - asked).abs()], dim=2)  # B n 2P
-        return self.numbers(candidates.shape[1]).exp() * self.mlp(pair).squeeze(2)  # B n
+        pair = torch.cat([mixtures[:, None] * asked, (mixtures[:, None] - asked).abs()], dim=2)  # B n 2P
+        return by_number(candidates.shape[1], coefficients).exp() * self.mlp(pair).squeeze(2)  # B n
 
 
 class RidgeDecoder(Decoder):
@@ -283,14 +286,14 @@ class RidgeDecoder(Decoder):
         self.numbers = ByNumber(**start)
 
     def prepare(self, mixtures, asked):
-        """B D, A D -> the products of the projections of mixtures and asked views, B A, and of the latter, A A."""
+        """B D, A D -> coefficients; products of the projections, of mixtures and asked views B A, of the latter A A."""
         mixtures, asked = (z / math.sqrt(z.shape[1]) for z in self.project(mixtures, asked))  # B P, A P
-        return mixtures @ asked.T, asked @ asked.T
+        return self.numbers(), mixtures @ asked.T, asked @ asked.T
 
-    def answer(self, products, gram, candidates):
-        """The logs of the least-squares weights, made positive: B A, A A, B n -> B n."""
+    def answer(self, coefficients, products, gram, candidates):
+        """The logs of the least-squares weights, made positive: 3 4, B A, A A, B n -> B n."""
         A, n = len(gram), candidates.shape[1]
-        numbers = self.numbers(n)
+        numbers = by_number(n, coefficients)
         (ridge, price, sharpness), offset = numbers[:3].exp(), numbers[3]
         # The price is as if projections had one more direction, the same for all.
         products, gram = products + price, gram + price

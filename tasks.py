@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.distributions import Distribution, Uniform
@@ -25,7 +26,7 @@ from harness.errors import UsageError, ValueProblem
 ACTIVATIONS = ("softmax", "sigmoid")
 LOSSES = ("kl", "mse")
 SMALLEST_WEIGHT = 1e-3
-FEW = (3, 5, 8, 16, 32)  # how many candidates the extra question about a few may have
+FEW = (2, 8, 32)  # how many candidates the extra question about a few may have
 
 
 class Question(NamedTuple):
@@ -184,16 +185,16 @@ class MixupTransform(WeightTask):
         The images stand in a circle in random order, and a mixture's candidates stand at the same n distances from its
         own image as those of every other. So every image is in k mixtures, and the cost grows with B n, not B squared.
         """
-        circle = torch.randperm(B, generator=rng)
-        steps = F.pad(1 + torch.randperm(B - 1, generator=rng)[: n - 1], (1, 0))  # n  the example itself comes first
-        rows = torch.empty(B, n, dtype=torch.long)
-        rows[circle] = circle[(torch.arange(B)[:, None] + steps) % B]
+        circle = torch.randperm(B, generator=rng).numpy()
+        steps = 1 + torch.randperm(B - 1, generator=rng)[: n - 1].numpy()  # n - 1
+        rows = np.empty((B, n), dtype=np.int64)
+        rows[circle] = circle[(np.arange(B)[:, None] + np.append(0, steps)) % B]  # the example itself comes first
         left = torch.ones(B)
         weights = []
         for share in sample(self.dist, (self.sources - 1, B), rng):
             weights.append(left * share.clamp(SMALLEST_WEIGHT, 1 - SMALLEST_WEIGHT))
             left = left - weights[-1]
-        return rows, torch.stack([*weights, left], dim=1)
+        return torch.from_numpy(rows), torch.stack([*weights, left], dim=1)
 
     def validation(self) -> "MixupTransform":
         """The fixed question of all runs: two of three candidates (one if `sources` is 1), weights from 0.1 to 0.9."""

@@ -276,7 +276,7 @@ def test_the_losses_of_both_tables_are_added(batch):
     assert scores["source_accuracy"] == parts[1]["source_accuracy"] and scores["weight_mae"] == parts[1]["weight_mae"]
 
 
-@pytest.mark.parametrize("count", [2, 3, 4])
-def test_batches_that_are_smaller_than_the_few(batch, count):
-    q = MixupTransform()(batch[:count], generator(0))
-    assert q.weights[1].shape == (count, min(count, 3)) and q.weights[0].shape == (count, count)
+@pytest.mark.parametrize("count,sources", [(2, 2), (3, 2), (3, 3), (4, 3)])
+def test_batches_that_are_smaller_than_the_few(batch, count, sources):
+    q = MixupTransform(sources=sources)(batch[:count], generator(0))
+    assert q.weights[1].shape == (count, sources) and q.weights[0].shape == (count, count)
