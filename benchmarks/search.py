@@ -66,13 +66,10 @@ class Recipe(NamedTuple):
 
 
 PRETEXT, PEERS = "train_pretext.py", "benchmarks/peers.py"
-COSINE = f"{PRETEXT} --decoder cosine --temperature 0.2 --hidden 512 --no-few at e4f0d04"  # options that are gone
 RECIPES = {
     "scratch": Recipe(0, None, "what an untrained encoder is worth"),
     "rotation": Recipe(1, f"{PRETEXT} --task rotate", "four turns are soon told apart, and teach little"),
     "unmix": Recipe(2, PRETEXT, "the default"),
-    "sources-3": Recipe(2, f"{PRETEXT} --sources 3", "three images in a mixture"),
-    "cosine": Recipe(2, COSINE, "mixtures under SimCLR's head and temperature"),
     "simclr": Recipe(2, f"{PEERS} simclr --lr 6e-3", "the best of three temperatures and three learning rates"),
     "simclr-0.1": Recipe(2, f"{PEERS} simclr --temperature 0.1", "level"),
     "simclr-0.5": Recipe(2, f"{PEERS} simclr --temperature 0.5", "worse"),
@@ -80,14 +77,13 @@ RECIPES = {
     "byol": Recipe(2 + 2 / 3, f"{PEERS} byol --lr 6e-3", "the best of three learning rates and two momenta"),
     "vicreg": Recipe(2, f"{PEERS} vicreg", "lightly's weights of the three terms"),
 }
-LIVE = [name for name, recipe in RECIPES.items() if " at " not in (recipe.command or "")]  # not of another commit
 
 
 def main() -> None:
     """Run what is left to do, and write the tables."""
     parser = command.Parser(__doc__)
     add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help=f"of {', '.join(LIVE)} (default: all)")
+    add("names", nargs="*", metavar="NAME", help=f"of {', '.join(RECIPES)} (default: all)")
     add(
         "--data",
         type=command.place,
@@ -106,13 +102,14 @@ def main() -> None:
     add("--table", action="store_true", help="write the tables, run nothing")
     args = parser.parse_args()
     for name in args.names:
-        if name not in LIVE:
-            raise UsageError(f"{name} is no recipe that this version can run: use {', '.join(LIVE)}")
+        if name not in RECIPES:
+            raise UsageError(f"{name} is no recipe: use {', '.join(RECIPES)}")
     if args.time:
-        for name in args.names or LIVE:
-            clock(args, name)
+        for name in args.names or RECIPES:
+            if RECIPES[name].command:  # scratch takes no time
+                clock(args, name)
     elif not args.table:
-        jobs = [(name, seed) for seed in args.seeds for name in args.names or LIVE]
+        jobs = [(name, seed) for seed in args.seeds for name in args.names or RECIPES]
         with ThreadPoolExecutor(args.workers) as pool:
             try:
                 for done in [pool.submit(experiment, args, *job) for job in jobs]:
@@ -278,8 +275,7 @@ def table(results: dict[tuple[int, int, str], list[dict]], half: str, seeds: ran
         if not runs:
             continue
         encodes, recipe, lesson = RECIPES[name]
-        options, of, commit = (recipe or "").removeprefix("benchmarks/").partition(" at ")
-        words = f"`{options}`{of}{commit}" if recipe else "no pretext"
+        words = f"`{recipe.removeprefix('benchmarks/')}`" if recipe else "no pretext"
         encoder = "-".join(map(str, runs[0]["widths"]))
         start = [name, words, encoder, str(epochs), str(len(runs)), f"{encodes:.3g}"]
         lines.append(f"| {' | '.join([*start, *(cell(runs, ours, title, half) for title in FIGURES), lesson])} |")

@@ -118,7 +118,9 @@ def test_an_epoch_is_timed(tmp_path, labelled, monkeypatch):
     monkeypatch.setattr(search, "TIMED", tmp_path / "seconds.json")
     monkeypatch.setattr(search, "write_tables", lambda: None)
     monkeypatch.setitem(search.RECIPES, "unmix", search.Recipe(2, "train_pretext.py --size 8 --batch-size 8", ""))
-    monkeypatch.setattr(sys, "argv", ["search.py", "unmix", "--time", "--widths", "4", "8", "--data", str(labelled)])
+    monkeypatch.setattr(
+        sys, "argv", ["search.py", "scratch", "unmix", "--time", "--widths", "4", "8", "--data", str(labelled)]
+    )
     monkeypatch.chdir(tmp_path)
     search.main()
     (run,) = json.loads(search.TIMED.read_text())
@@ -134,16 +136,10 @@ def test_the_tables_are_those_of_the_results(tmp_path, monkeypatch):
         assert (tmp_path / name).read_text() == (ROOT / name).read_text()
 
 
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        (("three",), "three is no recipe that this version can run: use scratch, rotation, unmix"),
-        (("cosine",), "cosine is no recipe that this version can run"),
-    ],
-)
-def test_what_cannot_be_run_is_one_line(script, args, message):
-    end = script("benchmarks/search.py", *args)
-    assert end.status in (1, 2) and message in end.err and end.err.count("\n") == 1
+def test_what_cannot_be_run_is_one_line(script):
+    end = script("benchmarks/search.py", "three")
+    assert end.status == 2 and "three is no recipe: use scratch, rotation, unmix" in end.err
+    assert end.err.count("\n") == 1
 
 
 def test_a_row_is_done_once_and_what_it_lacks_later(tmp_path, labelled, monkeypatch):
