@@ -197,18 +197,21 @@ def test_several_tables_are_answered_from_one_encoding(name):
     assert all(torch.equal(a, b) for a, b in zip(both, alone, strict=True))
 
 
+@pytest.mark.parametrize("part", ["slope", "curve"])
 @pytest.mark.parametrize("name", ["ridge", "cosine", "mlp"])
-def test_what_depends_on_the_number_of_candidates_is_learned(name):
+def test_what_depends_on_the_number_of_candidates_is_learned(name, part):
     torch.manual_seed(0)
     decoder = build_decoder(name, 8)
-    mixtures, asked = torch.randn(2, 6, 8)
-    before = decoder(mixtures, asked, torch.arange(6).expand(6, 6))
-    slopes = [p for n, p in decoder.named_parameters() if "slope" in n]
-    assert slopes and all(p == 0 for p in slopes)
+    mixtures, asked = torch.randn(2, 64, 8)
+    both = torch.arange(6).expand(64, 6), torch.arange(64).expand(64, 64)
+    six, all_64 = decoder(mixtures, asked, both)
+    learned = [p for n, p in decoder.named_parameters() if part in n]
+    assert learned and all(p == 0 for p in learned)
     with torch.no_grad():
-        for slope in slopes:
-            slope.fill_(0.5)
-    assert not torch.allclose(before, decoder(mixtures, asked, torch.arange(6).expand(6, 6)))
+        for number in learned:
+            number.fill_(0.2)
+    after = decoder(mixtures, asked, both)
+    assert not torch.allclose(six, after[0]) and torch.allclose(all_64, after[1])  # log(64 / 64) is 0
 
 
 @pytest.mark.parametrize("name", DECODERS)
