@@ -100,9 +100,9 @@ def draw_views(count: int, rng: torch.Generator) -> torch.Tensor:
 
 
 def draw_boxes(left, width, top, height, colour=((1, 0, 0), (0, 1, 0), (0, 0, 1)), tint=0.0) -> torch.Tensor:
-    """A table for `make_views` of N views with given boxes, on the CPU, from arrays. Left, width, top and height, N
-    each, are shares of the image; a negative width mirrors. `colour`, N 3 3, takes pixels to colours (default: as they
-    are), to which `tint`, N, times the view's mean grey is added."""
+    """A table for `make_views` of N views with given boxes, on the CPU, from arrays or tensors there. Left, width, top
+    and height, N each, are shares of the image; a negative width mirrors. `colour`, N 3 3, takes pixels to colours
+    (default: as they are), to which `tint`, N, times the view's mean grey is added."""
     N, std = len(left), STD.numpy()
     colour, tint = np.broadcast_to(colour, (N, 3, 3)), np.broadcast_to(tint, N)
     parts = left, top, width, height, colour / (255 * std[:, None]), tint[:, None] / std

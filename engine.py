@@ -77,7 +77,7 @@ def make_optimizer(model: nn.Module, lr: float, device: torch.device, encoder_ra
     steps: Adam moves each number by about the learning rate, and they have further to go."""
     groups = {}  # (share of the learning rate, weight decay): parameters
     for name, parameter in model.named_parameters():
-        rate = SCALAR_RATE if parameter.ndim == 0 else encoder_rate if name.startswith("encoder.") else 1.0
+        rate = SCALAR_RATE if ".scalars." in name else encoder_rate if name.startswith("encoder.") else 1.0
         groups.setdefault((rate, WEIGHT_DECAY if is_matrix(parameter) else 0.0), []).append(parameter)
     groups = [{"params": p, "rate": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
     return torch.optim.AdamW(groups, lr=lr, fused=device.type != "mps", capturable=device.type == "cuda")

@@ -150,8 +150,9 @@ class _Solve(torch.autograd.Function):
 
 
 def invert(systems: torch.Tensor) -> torch.Tensor:
-    """The inverses of symmetric positive definite matrices: one by its Cholesky factor, many small ones by elimination
-    below the diagonal, two operations a row: n n or G n n. With L A = U it is L.T D^-1 L, where D is U's diagonal."""
+    """The inverses of symmetric positive definite matrices: n n or G n n. One by its Cholesky factor. Many small ones
+    by Gaussian elimination without pivoting: it turns [A, I] into [U, L], with L A = U. Since A is symmetric, its
+    inverse is L.T D^-1 L, where D is the diagonal of U. It takes two operations a row."""
     n, eye = systems.shape[-1], _eye(systems.shape[-1], systems.device)
     if systems.ndim == 2:
         return torch.cholesky_solve(eye, torch.linalg.cholesky_ex(systems)[0])
@@ -171,8 +172,8 @@ def _eye(n: int, device: torch.device) -> torch.Tensor:
 class Decoder(nn.Module):
     """The base of the decoders: features of mixtures B D and of asked views A D, candidates B n (rows of A) -> B n.
 
-    A tuple of several tables of candidates gets a tuple of logits, all from one projection. Decoders have `prepare`,
-    for B D, A D -> what `answer` takes besides the candidates B n -> logits B n."""
+    A tuple of several tables of candidates gets a tuple of logits. `prepare(mixtures, asked)` does once what all tables
+    share, `answer(*prepared, candidates)` gives the logits of one table."""
 
     def forward(self, mixtures, asked, candidates):
         with torch.autocast(mixtures.device.type, enabled=False):
@@ -182,26 +183,17 @@ class Decoder(nn.Module):
             return self.answer(*prepared, candidates)
 
 
-class ByNumber(nn.Module):
-    """Learned numbers that depend on the number of candidates n: start + slope x + curve x², with x = log(n / 64)."""
+class Scalars(nn.Module):
+    """K learned scalars for n candidates: start + slope x + curve x², with x = log(n / 64). 64 is the default batch."""
 
-    def __init__(self, **start: float):
+    def __init__(self, *start: float):
         super().__init__()
-        self.names, zeros = list(start), dict.fromkeys(start, 0.0)  # a ParameterDict sorts its names
-        self.start, self.slope, self.curve = (
-            nn.ParameterDict({name: nn.Parameter(torch.tensor(value)) for name, value in values.items()})
-            for values in (start, zeros, zeros)
-        )
+        zeros = [0.0] * len(start)
+        self.start, self.slope, self.curve = (nn.Parameter(torch.tensor(values)) for values in (start, zeros, zeros))
 
-    def forward(self) -> torch.Tensor:
-        """The coefficients of all numbers, in the order in which they were given, for `by_number`: 3 K."""
-        return torch.stack([p[name] for p in (self.start, self.slope, self.curve) for name in self.names]).view(3, -1)
-
-
-def by_number(n: int, coefficients: torch.Tensor) -> torch.Tensor:
-    """The numbers for n candidates: 3 K -> K."""
-    start, slope, curve = coefficients
-    return start.add(slope, alpha=math.log(n / 64)).add(curve, alpha=math.log(n / 64) ** 2)
+    def forward(self, n: int) -> torch.Tensor:
+        """The scalars for n candidates: K."""
+        return self.start.add(self.slope, alpha=math.log(n / 64)).add(self.curve, alpha=math.log(n / 64) ** 2)
 
 
 class DotDecoder(Decoder):
@@ -233,21 +225,21 @@ class Projection(nn.Sequential):
 
 
 class CosineDecoder(Decoder):
-    """The cosine of projections over a learned temperature, from 0.1 on (SimCLR's is fixed: Chen et al. 2020, 2.1)."""
+    """The cosine of projections over a learned temperature, 0.1 at first (SimCLR's is fixed: Chen et al. 2020, 2.1)."""
 
     def __init__(self, features: int, projection: int = 256):
         super().__init__()
         self.project = Projection(features, projection)
-        self.numbers = ByNumber(log_scale=math.log(10.0))
+        self.scalars = Scalars(math.log(10.0))  # the log of the scale
 
     def prepare(self, mixtures, asked):
-        """B D, A D -> the coefficients of the temperature; the cosines, B A."""
+        """B D, A D -> the cosines, B A."""
         mixtures, asked = (nn.functional.normalize(z, dim=1) for z in self.project(mixtures, asked))  # B P, A P
-        return self.numbers(), mixtures @ asked.T
+        return (mixtures @ asked.T,)
 
-    def answer(self, coefficients, cosines, candidates):
-        """The cosines over the temperature: 3 1, B A, B n -> B n."""
-        return by_number(candidates.shape[1], coefficients).exp() * cosines.gather(1, candidates)  # B n
+    def answer(self, cosines, candidates):
+        """The cosines over the temperature: B A, B n -> B n."""
+        return self.scalars(candidates.shape[1]).exp() * cosines.gather(1, candidates)  # B n
 
 
 class MLPDecoder(Decoder):
@@ -257,17 +249,17 @@ class MLPDecoder(Decoder):
         super().__init__()
         self.project = Projection(features, projection)
         self.mlp = nn.Sequential(nn.Linear(2 * projection, projection), nn.ReLU(inplace=True), nn.Linear(projection, 1))
-        self.numbers = ByNumber(log_scale=0.0)
+        self.scalars = Scalars(0.0)  # the log of the scale
 
     def prepare(self, mixtures, asked):
-        """B D, A D -> the coefficients of the temperature; the projections B P, A P."""
-        return self.numbers(), *self.project(mixtures, asked)
+        """B D, A D -> the projections B P, A P."""
+        return self.project(mixtures, asked)
 
-    def answer(self, coefficients, mixtures, asked, candidates):
-        """What the MLP says of each pair: 3 1, B P, A P, B n -> B n."""
+    def answer(self, mixtures, asked, candidates):
+        """What the MLP says of each pair: B P, A P, B n -> B n."""
         asked = asked.index_select(0, candidates.flatten()).view(*candidates.shape, -1)  # B n P  see RidgeDecoder
         pair = torch.cat([mixtures[:, None] * asked, (mixtures[:, None] - asked).abs()], dim=2)  # B n 2P
-        return by_number(candidates.shape[1], coefficients).exp() * self.mlp(pair).squeeze(2)  # B n
+        return self.scalars(candidates.shape[1]).exp() * self.mlp(pair).squeeze(2)  # B n
 
 
 class RidgeDecoder(Decoder):
@@ -281,20 +273,20 @@ class RidgeDecoder(Decoder):
     def __init__(self, features: int, projection: int = 256):
         super().__init__()
         self.project = Projection(features, projection)
-        # The ridge, relative to the squared length of a projection; the price of a sum other than one.
-        start = {"log_ridge": math.log(0.3), "log_price": 0.0, "log_sharpness": math.log(50.0), "offset": -1.0}
-        self.numbers = ByNumber(**start)
+        # The logs of the ridge, relative to the squared length of a projection, of the price of a sum other than one,
+        # and of the sharpness; the offset.
+        self.scalars = Scalars(math.log(0.3), 0.0, math.log(50.0), -1.0)
 
     def prepare(self, mixtures, asked):
-        """B D, A D -> coefficients; products of the projections, of mixtures and asked views B A, of the latter A A."""
+        """B D, A D -> the dot products of mixtures with asked views, B A, and of asked views with each other, A A."""
         mixtures, asked = (z / math.sqrt(z.shape[1]) for z in self.project(mixtures, asked))  # B P, A P
-        return self.numbers(), mixtures @ asked.T, asked @ asked.T
+        return mixtures @ asked.T, asked @ asked.T
 
-    def answer(self, coefficients, products, gram, candidates):
-        """The logs of the least-squares weights, made positive: 3 4, B A, A A, B n -> B n."""
+    def answer(self, products, gram, candidates):
+        """The logs of the least-squares weights, made positive: B A, A A, B n -> B n."""
         A, n = len(gram), candidates.shape[1]
-        numbers = by_number(n, coefficients)
-        (ridge, price, sharpness), offset = numbers[:3].exp(), numbers[3]
+        scalars = self.scalars(n)
+        (ridge, price, sharpness), offset = scalars[:3].exp(), scalars[3]
         # The price is as if projections had one more direction, the same for all.
         products, gram = products + price, gram + price
         ridge = (ridge + LEAST_RIDGE) * _eye(n, gram.device)

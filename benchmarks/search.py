@@ -54,7 +54,9 @@ FIGURES = {  # column: the data, the row of train_transfer.py, its figure
 }
 
 
-BRIEF = {"scratch": "none", "unmix": "Unmix", "simclr": "SimCLR", "swav": "SwAV", "byol": "BYOL"}  # in the README
+BRIEF = {  # in the README
+    "scratch": "none", "unmix": "Unmix", "simclr": "SimCLR", "swav": "SwAV", "byol": "BYOL", "vicreg": "VICReg",
+}  # fmt: skip
 
 
 class Recipe(NamedTuple):
@@ -298,10 +300,10 @@ def cell(runs: list[dict], ours: list[dict], title: str, half: str) -> str:
 
 
 def brief(results: dict[tuple[int, int, str], list[dict]]) -> str:
-    """Markdown: the first three figures of methods with several seeds, on the half that no choice was made on."""
+    """Markdown: the first three figures of scratch and after 100 epochs or more, on the half no choice was made on."""
     lines = ["| pretraining | epochs | encoder | seeds | linear | kNN | 25 labels |", "|---" * 7 + "|"]
     for (width, epochs, name), runs in results.items():
-        if len(runs) > 1 and (name in BRIEF):
+        if name in BRIEF and (epochs >= 100 or not epochs):
             ours = results.get((width, epochs, OURS), []) if name != OURS else []
             cells = [cell(runs, ours, title, "report") for title in list(FIGURES)[:3]]
             start = [BRIEF[name], str(epochs), "-".join(map(str, runs[0]["widths"])), str(len(runs))]

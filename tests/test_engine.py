@@ -96,7 +96,7 @@ def test_the_same_seed_gives_the_same_weights(loaders):
 def test_a_non_finite_loss_stops_the_run_and_says_what_to_try(loaders):
     t = trainer(lr=0.1)
     with torch.no_grad():
-        t.model.decoder.numbers.start.log_scale.fill_(float("nan"))
+        t.model.decoder.scalars.start.fill_(float("nan"))
     message = (
         "not finite in step 1 of epoch 1, at a learning rate of 0.1: the output of decoder.* is the first.*lower --lr"
     )

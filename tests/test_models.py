@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torchvision
@@ -197,6 +199,14 @@ def test_several_tables_are_answered_from_one_encoding(name):
     assert all(torch.equal(a, b) for a, b in zip(both, alone, strict=True))
 
 
+def test_scalars_follow_the_number_of_candidates():
+    scalars = models.Scalars(1.0, 10.0)
+    scalars.slope.data, scalars.curve.data = torch.tensor([2.0, 20.0]), torch.tensor([3.0, 30.0])
+    for n in (2, 8, 64, 100):
+        value = 1 + 2 * math.log(n / 64) + 3 * math.log(n / 64) ** 2
+        assert torch.allclose(scalars(n), torch.tensor([value, 10 * value]))
+
+
 @pytest.mark.parametrize("part", ["slope", "curve"])
 @pytest.mark.parametrize("name", ["ridge", "cosine", "mlp"])
 def test_what_depends_on_the_number_of_candidates_is_learned(name, part):
@@ -206,7 +216,7 @@ def test_what_depends_on_the_number_of_candidates_is_learned(name, part):
     both = torch.arange(6).expand(64, 6), torch.arange(64).expand(64, 64)
     six, all_64 = decoder(mixtures, asked, both)
     learned = [p for n, p in decoder.named_parameters() if part in n]
-    assert learned and all(p == 0 for p in learned)
+    assert learned and not any(p.any() for p in learned)
     with torch.no_grad():
         for number in learned:
             number.fill_(0.2)
@@ -256,7 +266,7 @@ def test_candidates_that_are_equal_share_the_weight():
     """Without any ridge the system would have no single solution."""
     torch.manual_seed(0)
     decoder = build_decoder("ridge", 8)
-    decoder.numbers.start["log_ridge"].data.fill_(-50.0)
+    decoder.scalars.start.data[0] = -50.0  # the log of the ridge
     views = torch.ones(4, 8)
     for candidates in (torch.arange(4).expand(4, 4), torch.arange(3).expand(4, 3)):
         logits = decoder(views, views, candidates)
