@@ -87,6 +87,8 @@ def assemble(args: argparse.Namespace) -> Subject:
 
     make_model()  # an impossible encoder is refused before anything is decoded
     images, train, val = open_pretext(args.data, args.size, args.data_dir, 2)
+    for warning in images.warn_of_skipped().values():
+        print(f"warning: {warning}")
     if len(train) < args.n:
         raise ValueProblem("n", args.n, f"is more than the {len(train)} images to train on; use {len(train)} or less")
     train_loader, val_loader = get_dataloaders(images, train, val, min(max(64, args.n), len(train)), args.seed)

@@ -74,6 +74,8 @@ def test_half_is_too_much_unless_it_is_allowed(script, folder, labelled):
     assert row["warning"].startswith("24 of 48 images")
     end = script("inspect_data.py", folder, *TINY)
     assert end.status == 0 and "warning: 20 of 40 images" in end.out
+    end = script("debug_overfit.py", "--data", folder, "--n", 4, "--decoder", "dot", "--loss", "mse", *TINY)
+    assert "warning: 20 of 40 images" in end.out, end.err
     settings = json.loads(Path("run/settings.json").read_text())["settings"]
     assert settings["allow_skipped"] is True  # so that the run can be resumed
     assert script("train_pretext.py", "--resume", "run", "--epochs", 2).status == 0
