@@ -6,7 +6,7 @@ from collections import UserDict
 import numpy as np
 import torch
 import torch.nn.functional as F
-from mistakes import classify, loader
+from pieces import classify, loader
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 

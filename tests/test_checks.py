@@ -5,12 +5,15 @@ import importlib.util
 import json
 from pathlib import Path
 
+import mistakes  # noqa: F401  the three put their programs into MISTAKES
+import mistakes_in_data  # noqa: F401
+import mistakes_in_training  # noqa: F401
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import ROOT
-from mistakes import MISTAKES
+from pieces import MISTAKES
 from sound import SOUND
 from torch import nn
 
