@@ -72,8 +72,8 @@ def is_matrix(parameter: torch.Tensor) -> bool:
 
 
 def make_optimizer(model: nn.Module, lr: float, device: torch.device, encoder_rate: float = 1.0) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices and kernels, not on biases, normalisation and scalars. `encoder_rate` is the
-    learning rate of `model.encoder` as a share of that of the rest. Scalars, such as a learned temperature, take larger
+    """AdamW; weight decay on matrices and kernels, not on biases and normalisation. `encoder_rate` is the learning rate
+    of `model.encoder` as a share of that of the rest. A module's `scalars`, such as a learned temperature, take larger
     steps: Adam moves each number by about the learning rate, and they have further to go."""
     groups = {}  # (share of the learning rate, weight decay): parameters
     for name, parameter in model.named_parameters():
