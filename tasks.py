@@ -36,11 +36,12 @@ class Question(NamedTuple):
     asked: torch.Tensor  # A 3 S S  the views that candidates refer to
     candidates: torch.Tensor  # B n int64  rows of asked, all different; or a tuple of several such tables
     weights: torch.Tensor  # B n  the answer, each row sums to one; or a tuple
+    mirrored: bool = False  # whether every view is shown together with its mirror image, see `Unmixer`
 
     @property
-    def inputs(self) -> tuple[torch.Tensor, ...]:
+    def inputs(self) -> tuple:
         """The model's inputs."""
-        return self.mixtures, self.asked, self.candidates
+        return self.mixtures, self.asked, self.candidates, self.mirrored
 
 
 class LabelQuestion(NamedTuple):
@@ -146,6 +147,7 @@ class MixupTransform(WeightTask):
             raise UsageError(f"candidates is {candidates}: {problem}")
         self.symmetric = (candidates, activation, loss) == ("batch", "softmax", "kl")
         self.candidates, self.sources, self.views, self.few = candidates, sources, views, few
+        self.mirrored = False
         self.dist = dist if dist is not None else Uniform(0.0, 1.0)
 
     def draw(self, images: torch.Tensor, rng: torch.Generator) -> list[torch.Tensor]:
@@ -171,13 +173,10 @@ class MixupTransform(WeightTask):
         asked = others[0] if others else seen  # B 3 S S  the view asked about
         parts = seen.flatten(1)[sources]  # B k 3*S*S
         mixtures = (weights[:, None] @ parts).view_as(seen)
-        if self.candidates != "batch":
-            return Question(mixtures, asked, candidates, answer)
-        whole = weights.new_zeros(B, B).scatter_(1, sources, weights)  # B B
-        every = every.expand(B, B)
-        if not self.few:
-            return Question(mixtures, asked, every, whole)
-        return Question(mixtures, asked, (every, candidates), (whole, answer))
+        if self.candidates == "batch":
+            every, whole = every.expand(B, B), weights.new_zeros(B, B).scatter_(1, sources, weights)  # B B
+            candidates, answer = ((every, candidates), (whole, answer)) if self.few else (every, whole)
+        return Question(mixtures, asked, candidates, answer, self.mirrored)
 
     def draw_sources(self, B: int, n: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of the batch, B n: the k sources, then n - k distractors; the sources' weights, B k.
@@ -196,10 +195,12 @@ class MixupTransform(WeightTask):
             left = left - weights[-1]
         return torch.from_numpy(rows), torch.stack([*weights, left], dim=1)
 
-    def validation(self) -> "MixupTransform":
-        """The fixed question of all runs: two of three candidates (one if `sources` is 1), weights from 0.1 to 0.9."""
-        sources = min(2, self.sources)
-        return MixupTransform(3, sources, Uniform(0.1, 0.9), self.views, self.size, self.activation, self.loss)
+    def validation(self, candidates: int = 3) -> "MixupTransform":
+        """The fixed question of all runs: two (one if `sources` is 1) of three candidates, weights from 0.1 to 0.9."""
+        shares, sources = Uniform(0.1, 0.9), min(2, self.sources)
+        fixed = MixupTransform(candidates, sources, shares, self.views, self.size, self.activation, self.loss)
+        fixed.mirrored = True
+        return fixed
 
 
 class Duplicate(MixupTransform):

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.distributions import Uniform
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -38,10 +37,11 @@ def main() -> None:
         raise UsageError(f"{args.run} has {len(val)} validation images, too few for {NUMBERS[1]} candidates")
     _, loader = get_dataloaders(images, train, val, settings["batch_size"], 0, device)
     trainer = Trainer(model, None, lr=1.0, steps=1, device=device)
+    like_the_run = MixupTransform(**{name: settings[name] for name in ("views", "size", "activation")})
     print(f"{DRAWS} draws of the question about {len(val)} images, {device_name(device)}, torch {torch.__version__}\n")
     print("| candidates | sources named right | weight error | loss | loss of a guess |\n|---|---|---|---|---|")
     for n in [n for n in NUMBERS if n <= min(block.stop - block.start for block in loader.batch_sampler)]:
-        task = MixupTransform(n, 2, Uniform(0.1, 0.9), settings["views"], settings["size"], settings["activation"])
+        task = like_the_run.validation(n)
         draws = range(DRAWS)
         scores = [trainer.evaluate(loader, task, draw=draw) for draw in draws]
         guesses = [trainer.evaluate(loader, task, task.baselines()["chance"], draw=draw)["loss"] for draw in draws]
