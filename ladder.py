@@ -243,7 +243,7 @@ def check_control(s: Subject) -> Iterator[tuple]:
     right, chances, rounds = [], [], max(1, NOISE_EXAMPLES // len(s.pixels))
     for step in range(NOISE_STEPS + rounds):
         parts = task(s.pixels, rng)
-        question = type(parts)(*(draw(part) if torch.is_tensor(part) and part.ndim == 4 else part for part in parts))
+        question = type(parts)(*(draw(part) if part.ndim == 4 else part for part in parts))
         if step < NOISE_STEPS:
             model.train()
             scores = trainer.step(question, step)

@@ -313,19 +313,15 @@ def build_decoder(name: str, features: int) -> nn.Module:
 
 class Unmixer(nn.Module):
     """The network that is trained: how much of each candidate is in each mixture? mixtures B 3 S S, asked A 3 S S,
-    candidates B n int64 (rows of asked) -> logits B n, without the activation. With `mirrored` features are the
-    means over each view and its mirror image, in which the same weights are right; it costs twice the encodes."""
+    candidates B n int64 (rows of asked) -> logits B n, without the activation"""
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
 
-    def forward(self, mixtures, asked, candidates, mirrored=False):
-        features = encode(self.encoder, mixtures, asked)  # B D, A D  in one pass, over all ranks
-        if mirrored:
-            others = encode(self.encoder, mixtures.flip(3), asked.flip(3))
-            features = [(z + other) / 2 for z, other in zip(features, others, strict=True)]
-        return self.decoder(*features, candidates)  # B n
+    def forward(self, mixtures, asked, candidates):
+        mixtures, asked = encode(self.encoder, mixtures, asked)  # B D, A D  in one pass, over all ranks
+        return self.decoder(mixtures, asked, candidates)  # B n
 
 
 class Classifier(nn.Module):

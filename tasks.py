@@ -36,12 +36,11 @@ class Question(NamedTuple):
     asked: torch.Tensor  # A 3 S S  the views that candidates refer to
     candidates: torch.Tensor  # B n int64  rows of asked, all different; or a tuple of several such tables
     weights: torch.Tensor  # B n  the answer, each row sums to one; or a tuple
-    mirrored: bool = False  # whether every view is shown together with its mirror image, see `Unmixer`
 
     @property
-    def inputs(self) -> tuple:
+    def inputs(self) -> tuple[torch.Tensor, ...]:
         """The model's inputs."""
-        return self.mixtures, self.asked, self.candidates, self.mirrored
+        return self.mixtures, self.asked, self.candidates
 
 
 class LabelQuestion(NamedTuple):
@@ -147,7 +146,6 @@ class MixupTransform(WeightTask):
             raise UsageError(f"candidates is {candidates}: {problem}")
         self.symmetric = (candidates, activation, loss) == ("batch", "softmax", "kl")
         self.candidates, self.sources, self.views, self.few = candidates, sources, views, few
-        self.mirrored = False
         self.dist = dist if dist is not None else Uniform(0.0, 1.0)
 
     def draw(self, images: torch.Tensor, rng: torch.Generator) -> list[torch.Tensor]:
@@ -176,7 +174,7 @@ class MixupTransform(WeightTask):
         if self.candidates == "batch":
             every, whole = every.expand(B, B), weights.new_zeros(B, B).scatter_(1, sources, weights)  # B B
             candidates, answer = ((every, candidates), (whole, answer)) if self.few else (every, whole)
-        return Question(mixtures, asked, candidates, answer, self.mirrored)
+        return Question(mixtures, asked, candidates, answer)
 
     def draw_sources(self, B: int, n: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of the batch, B n: the k sources, then n - k distractors; the sources' weights, B k.
@@ -198,9 +196,7 @@ class MixupTransform(WeightTask):
     def validation(self, candidates: int = 3) -> "MixupTransform":
         """The fixed question of all runs: two (one if `sources` is 1) of three candidates, weights from 0.1 to 0.9."""
         shares, sources = Uniform(0.1, 0.9), min(2, self.sources)
-        fixed = MixupTransform(candidates, sources, shares, self.views, self.size, self.activation, self.loss)
-        fixed.mirrored = True
-        return fixed
+        return MixupTransform(candidates, sources, shares, self.views, self.size, self.activation, self.loss)
 
 
 class Duplicate(MixupTransform):

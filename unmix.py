@@ -70,10 +70,9 @@ def main() -> None:
         sources = images[: len(weights)]
         seen = augment(sources, size, generator(args.seed)) if settings["views"] else whole_view(sources, size)
         mixture = (weights[:, None, None, None] * seen).sum(dim=0, keepdim=True)  # 1 3 S S
-    rows, answer = torch.arange(len(images))[None], torch.zeros(1, len(images))
-    question = Question(*(part.to(device) for part in (mixture, asked, rows, answer)), mirrored=True)
+    question = Question(mixture, asked, torch.arange(len(images))[None], torch.zeros(1, len(images)))
     with torch.no_grad():
-        logits = model.to(device).eval()(*question.inputs).float().cpu()  # 1 n
+        logits = model.to(device).eval()(*(part.to(device) for part in question.inputs)).float().cpu()  # 1 n
     predicted = MixupTransform(activation=settings["activation"]).predict(logits)
     truth = None if weights is None else torch.nn.functional.pad(weights, (0, len(images) - len(weights)))[None]
     report(args.images, predicted[0].tolist(), least_squares(question)[0].tolist(), truth)

@@ -77,7 +77,7 @@ def test_a_question_depends_on_the_seed_alone_and_leaves_the_global_state(batch)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
     two, other = ask(batch, 3), ask(batch, 3, seed=5)
-    assert all(torch.equal(a, b) for a, b in zip(one[:4], two[:4], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     assert not torch.equal(one.weights, other.weights) and not torch.equal(one.mixtures, other.mixtures)
 
 
@@ -142,7 +142,7 @@ def test_least_squares_solves_the_task_on_the_same_pixels_and_not_on_another_vie
 
 
 def test_chance_is_told_on_the_device_of_the_question(batch):
-    q = Question(*(part.to("meta") for part in ask(batch, 3)[:4]))
+    q = Question(*(t.to("meta") for t in ask(batch, 3)))
     scores = MixupTransform(3).baselines()["chance"](q)
     assert {value.device.type for value in scores.values()} == {"meta"}
 
@@ -151,7 +151,6 @@ def test_the_validation_question_is_fixed(batch):
     q = MixupTransform().validation()(batch, generator(VALIDATION_SEED, 0))
     sources = q.weights[q.weights > 0]
     assert q.candidates.shape == (24, 3) and len(sources) == 48
-    assert q.mirrored and not ask(batch, 3).mirrored
     assert sources.min() >= 0.1 and sources.max() <= 0.9
     assert torch.equal(
         q.asked,
