@@ -58,11 +58,14 @@ def choose_amp(name: str, device: torch.device) -> bool:
     return name == "bf16"
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up to `peak`, then half a cosine down to 0 at the end (Loshchilov & Hutter 2017, equation 5)."""
+def learning_rate(step: int, steps: int, peak: float, hold: float | None = None) -> float:
+    """Linear warm-up to `peak`, then half a cosine down to 0 at the end (Loshchilov & Hutter 2017, equation 5). With
+    `hold`, a share of the steps, it stays at the peak until then, and falls in a straight line (Hägele et al. 2024)."""
     warm_up = max(1, round(WARM_UP * steps))
     if step < warm_up:
         return peak * (step + 1) / warm_up
+    if hold is not None:
+        return peak * min(1, (1 - step / steps) / (1 - hold))
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
@@ -193,6 +196,7 @@ class Trainer:
     _: KW_ONLY
     lr: float  # the peak learning rate
     steps: int  # of the whole run, for the schedule
+    hold: float | None = None  # the share of the steps until which the learning rate stays at its peak, if it does
     seed: int = 0  # with epoch and step, all that the randomness of a step depends on
     device: torch.device | None = None  # the CPU if None
     amp: bool = False  # compute in bf16
@@ -219,7 +223,7 @@ class Trainer:
 
     def step(self, question, step: int) -> dict[str, torch.Tensor]:
         """Learn from one question. `step` counts from the start of the run. Returns scalars, still on the device."""
-        scores = self._learn(question, learning_rate(step, self.steps, self.lr))
+        scores = self._learn(question, self._rate(step))
         self.taken = step + 1
         return scores
 
@@ -244,7 +248,7 @@ class Trainer:
         """`step` on a question about a batch of the loader."""
         if not self.recorded:
             return self.step(self.ask(self.task, images, labels, rng), step)
-        lr = torch.tensor(learning_rate(step, self.steps, self.lr))
+        lr = torch.tensor(self._rate(step))
         drawn = [lr, *self.task.draw(images, rng)]
 
         def learn(images, labels, buffer):
@@ -279,7 +283,7 @@ class Trainer:
                 after_step()
         means = self._checked(self.running.read(), loader)
         self._show(bar, means)
-        return {**means, "learning_rate": learning_rate(self.taken - 1, self.steps, self.lr)}
+        return {**means, "learning_rate": self._rate(self.taken - 1)}
 
     def ask(self, task, images: torch.Tensor, labels: torch.Tensor, rng: torch.Generator):
         """A batch of the loader -> a question, on the device."""
@@ -342,7 +346,7 @@ class Trainer:
         question = self.ask(self.task, *next(iter(loader)), generator(self.seed, epoch, batch))
         raise RunError(
             f"loss or gradient are not finite in step {batch + 1} of epoch {epoch + 1}, at a learning rate of "
-            f"{learning_rate(step, self.steps, self.lr):.3g}: {self.blame(question)}. The run stops before that step; "
+            f"{self._rate(step):.3g}: {self.blame(question)}. The run stops before that step; "
             f"try a lower --lr (it was {self.lr:g}){' or --amp off' if self.amp else ''}"
         )
 
@@ -366,6 +370,9 @@ class Trainer:
             if parameter.grad is not None and not parameter.grad.isfinite().all():
                 return f"the gradient of {name} is the first that is not"
         return "it does not come up again"
+
+    def _rate(self, step):
+        return learning_rate(step, self.steps, self.lr, self.hold)
 
     @staticmethod
     def _show(bar, means):

@@ -32,7 +32,7 @@ from harness.errors import UsageError
 from harness.files import write_json
 from models import build_encoder
 from tasks import Task
-from train_pretext import view_size
+from train_pretext import HOLD, view_size
 
 try:
     from lightly.loss import NegativeCosineSimilarity, NTXentLoss, SwaVLoss, VICRegLoss
@@ -200,8 +200,8 @@ def main() -> None:
     place = folder.choose(args, args.method)
     images, rows, val = open_pretext(args.data, args.size, args.data_dir, args.batch_size)
     loader, _ = get_dataloaders(images, rows, val, args.batch_size, args.seed, device)
-    steps = args.epochs * len(loader)
-    trainer = Trainer(model, task, lr=args.lr, steps=steps, seed=args.seed, device=device, amp=amp)
+    rates, steps = {"lr": args.lr, "hold": HOLD if args.grow else None}, args.epochs * len(loader)
+    trainer = Trainer(model, task, **rates, steps=steps, seed=args.seed, device=device, amp=amp)
     run = {"script": "peers", "format": folder.FORMAT, "settings": vars(args), "data": images.identity()}
     speeds, means = [], {}  # images/s of every epoch, figures of the last one
     if saved:

@@ -44,6 +44,9 @@ def test_schedule_rises_then_falls_to_nothing():
     assert rates[:51] == sorted(rates[:51]) and rates[50:] == sorted(rates[50:], reverse=True)
     assert rates[1000] < 1e-9
     assert learning_rate(0, 1, 2.0) == 2.0  # a run of one step does learn
+    held = [learning_rate(step, 1000, 2.0, hold=0.5) for step in range(1001)]
+    assert held[:51] == rates[:51] and set(held[50:501]) == {2.0}
+    assert held[500:] == pytest.approx([2.0 * (1000 - step) / 500 for step in range(500, 1001)])
 
 
 def test_an_epoch_trains_and_reports(loaders):

@@ -339,6 +339,11 @@ def test_views_grow_and_the_validation_question_does_not(script, folder, monkeyp
     assert end.status == 0, end.err
     assert [size for training, size in seen if training][::2] == sizes  # two steps an epoch
     assert {size for training, size in seen if not training} == {32}
+    with open("run/history.csv", newline="") as file:
+        rates = [float(row["training_learning_rate"]) for row in csv.DictReader(file)]
+    # If views grow, the learning rate stays at its peak until they have their full size.
+    assert (rates[:3] == [3e-3] * 3) == (len(set(sizes)) > 1) and rates == sorted(rates, reverse=True)
+    assert rates[2] > rates[3] > 0
 
 
 def test_views_that_would_be_too_small_for_the_encoder(script):
