@@ -60,7 +60,7 @@ def choose_amp(name: str, device: torch.device) -> bool:
 
 def learning_rate(step: int, steps: int, peak: float, hold: float | None = None) -> float:
     """Linear warm-up to `peak`, then half a cosine down to 0 at the end (Loshchilov & Hutter 2017, equation 5). With
-    `hold`, a share of the steps, it stays at the peak until then, and falls in a straight line (Hägele et al. 2024)."""
+    `hold`, a share of the steps, it stays at `peak` until then and falls straight to 0 (Hägele et al. 2024)."""
     warm_up = max(1, round(WARM_UP * steps))
     if step < warm_up:
         return peak * (step + 1) / warm_up

@@ -194,7 +194,7 @@ class MixupTransform(WeightTask):
         return torch.from_numpy(rows), torch.stack([*weights, left], dim=1)
 
     def validation(self, candidates: int = 3) -> "MixupTransform":
-        """The fixed question, of all runs with three candidates: two sources (or one), weights from 0.1 to 0.9."""
+        """The fixed question: two sources (one if `sources` is 1), weights from 0.1 to 0.9; runs have 3 candidates."""
         shares, sources = Uniform(0.1, 0.9), min(2, self.sources)
         return MixupTransform(candidates, sources, shares, self.views, self.size, self.activation, self.loss)
 

@@ -52,9 +52,9 @@ FIGURES = {  # name: (what it is called, its format)
     "weight_mae": ("weight error", ".3f"),
     "accuracy": ("accuracy", ".1%"),
 }
+HOLD = 0.75  # share of the steps: if views grow, the learning rate stays at its peak until they have their full size
 PROJECTED = 400  # validation images in TensorBoard's projector, at most
 THUMBNAIL = 32  # px
-HOLD = 0.75  # of the steps: if views grow, the learning rate stays at its peak until they have their full size
 EXAMPLES = 8  # mixtures in a picture
 CARD = {"examples": 6, "tile": 40}  # of a picture that is legible in TensorBoard's cards
 
@@ -142,8 +142,8 @@ def main() -> None:
     warned, args.ranges = images.warn_of_skipped(args.allow_skipped), dict(images.listing.ranges)
     loaders = get_dataloaders(images, train, val, args.batch_size, args.seed, device, args.images)
     steps = args.epochs * len(loaders[0])
-    rates = {"lr": args.lr, "hold": HOLD if args.grow else None}
-    trainer = Trainer(model, task, **rates, steps=steps, seed=args.seed, device=device, amp=amp)
+    hold = HOLD if args.grow else None
+    trainer = Trainer(model, task, lr=args.lr, steps=steps, hold=hold, seed=args.seed, device=device, amp=amp)
     progress = Progress(args, trainer, images)
     if saved:
         progress.restore(saved)

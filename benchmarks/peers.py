@@ -200,8 +200,8 @@ def main() -> None:
     place = folder.choose(args, args.method)
     images, rows, val = open_pretext(args.data, args.size, args.data_dir, args.batch_size)
     loader, _ = get_dataloaders(images, rows, val, args.batch_size, args.seed, device)
-    rates, steps = {"lr": args.lr, "hold": HOLD if args.grow else None}, args.epochs * len(loader)
-    trainer = Trainer(model, task, **rates, steps=steps, seed=args.seed, device=device, amp=amp)
+    steps, hold = args.epochs * len(loader), HOLD if args.grow else None
+    trainer = Trainer(model, task, lr=args.lr, steps=steps, hold=hold, seed=args.seed, device=device, amp=amp)
     run = {"script": "peers", "format": folder.FORMAT, "settings": vars(args), "data": images.identity()}
     speeds, means = [], {}  # images/s of every epoch, figures of the last one
     if saved:
