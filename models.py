@@ -18,7 +18,7 @@ from harness.errors import UsageError, ValueProblem
 from harness.ranks import encode
 
 LEAST_RIDGE = 1e-5  # so that a system has one solution, whatever is learned
-WIDTHS = (32, 64, 128, 256)  # channels of the encoder conv
+WIDTHS = (16, 64, 128, 256)  # channels of the encoder conv
 USUAL_SIZE = 224  # px; the views that torchvision's networks are made for
 ENCODERS = ["conv", *torchvision.models.list_models(module=torchvision.models)]  # its classification networks
 OTHER_HEAD = "has another kind of head than one Linear layer"
@@ -33,31 +33,32 @@ class ConvBlock(nn.Sequential):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions beside a shortcut (He et al. 2016, figure 5 left): B in H W -> B out H/stride W/stride."""
+    """Two convolutions beside a shortcut (He et al. 2016, figure 5 left): B C H W -> B C H W, with `hidden` channels
+    between them. Half of C take half of the time."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int = 1):
+    def __init__(self, channels: int, hidden: int):
         super().__init__()
-        first, conv = ConvBlock(inputs, outputs, stride), nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.block = nn.Sequential(first, conv, nn.BatchNorm2d(outputs))
-        same = inputs == outputs and stride == 1
-        self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+        conv = nn.Conv2d(hidden, channels, 3, padding=1, bias=False)
+        self.block = nn.Sequential(ConvBlock(channels, hidden), conv, nn.BatchNorm2d(channels))
 
     def forward(self, x):
-        return torch.relu(self.block(x) + self.shortcut(x))
+        return torch.relu(self.block(x) + x)
 
 
 class ConvEncoder(nn.Module):
     """Convolutions that widen as they halve the picture, residual blocks, then mean and maximum: B 3 S S -> B D.
 
     widths  channels of each convolution; D is twice the last
-    blocks  residual blocks; encoders of earlier versions have two"""
+    hidden  channels within each residual block; None: one block, with half of the last width. Encoders of earlier
+            versions have one or two blocks with the last width"""
 
-    def __init__(self, widths: Sequence[int] = WIDTHS, blocks: int = 1):
+    def __init__(self, widths: Sequence[int] = WIDTHS, hidden: Sequence[int] | None = None):
         super().__init__()
-        self.out_features = 2 * widths[-1]
+        last = widths[-1]
+        self.out_features = 2 * last
         halving = (ConvBlock(i, o, stride=2) for i, o in zip(widths, widths[1:], strict=False))
         self.convs = nn.Sequential(ConvBlock(3, widths[0]), *halving)
-        self.blocks = nn.Sequential(*(ResBlock(widths[-1], widths[-1]) for _ in range(blocks)))
+        self.blocks = nn.Sequential(*(ResBlock(last, inner) for inner in hidden or [max(1, last // 2)]))
 
     def forward(self, images):
         maps = self.blocks(self.convs(images))  # B D/2 S/8 S/8
@@ -87,9 +88,11 @@ def torchvision_encoder(name: str) -> nn.Module:
     return net
 
 
-def build_encoder(name: str, size: int | None = None, widths: Sequence[int] = (), blocks: int = 1) -> nn.Module:
+def build_encoder(
+    name: str, size: int | None = None, widths: Sequence[int] = (), hidden: Sequence[int] | None = None
+) -> nn.Module:
     """The encoder of that name, one of `ENCODERS`; `encoder.out_features` is D. For `widths` (empty: the default) and
-    `blocks` of conv see `ConvEncoder`. Raises UsageError if the name is unknown, if the network cannot be used as an
+    `hidden` of conv see `ConvEncoder`. Raises UsageError if the name is unknown, if the network cannot be used as an
     encoder, or if it does not take views of `size` px (None: not checked)."""
     if name not in ENCODERS:
         close = ", ".join(difflib.get_close_matches(name, ENCODERS, 3) or ["resnet18"])
@@ -97,7 +100,7 @@ def build_encoder(name: str, size: int | None = None, widths: Sequence[int] = ()
         raise ValueProblem("encoder", name, problem)
     if widths and name != "conv":
         raise ValueProblem("widths", None, f"is of the encoder conv; {name} has widths of its own")
-    encoder = ConvEncoder(widths or WIDTHS, blocks) if name == "conv" else torchvision_encoder(name)
+    encoder = ConvEncoder(widths or WIDTHS, hidden) if name == "conv" else torchvision_encoder(name)
     if size is not None:
         check_size(encoder, name, size)
     return encoder.train()
@@ -121,14 +124,14 @@ def shape_of(state: dict[str, torch.Tensor]) -> dict:
     """The `shape` that `build_encoder` takes, of the weights of a conv encoder; {} for those of other encoders."""
     if "convs.0.0.weight" not in state:
         return {}
-    widths = [weight.shape[0] for name, weight in state.items() if re.fullmatch(r"convs\.\d+\.0\.weight", name)]
-    return {"widths": widths, "blocks": len({name.split(".")[1] for name in state if name.startswith("blocks.")})}
+    outputs = lambda pattern: [w.shape[0] for name, w in state.items() if re.fullmatch(pattern, name)]  # noqa: E731
+    return {"widths": outputs(r"convs\.\d+\.0\.weight"), "hidden": outputs(r"blocks\.\d+\.block\.0\.0\.weight")}
 
 
 def solve(systems: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The solutions of linear systems that are symmetric and positive definite: n n or G n n, and n m or G n m -> as
-    `right`. On a GPU without a wait, and in operations that a CUDA graph can record, which those of its libraries for
-    many small systems are not. Apple's GPUs have no solver in many releases of torch: there the CPU solves."""
+    """The solutions of linear systems that are symmetric and positive definite: G n n, G n m -> G n m. On a GPU without
+    a wait, and in operations that a CUDA graph can record, which those of its libraries for many small systems are not.
+    Apple's GPUs have no solver in many releases of torch: there the CPU solves."""
     if right.device.type == "cuda":
         return _Solve.apply(systems, right)
     return torch.linalg.solve_ex(systems.cpu(), right.cpu())[0].to(right.device)
@@ -150,12 +153,12 @@ class _Solve(torch.autograd.Function):
 
 
 def invert(systems: torch.Tensor) -> torch.Tensor:
-    """The inverses of symmetric positive definite matrices: n n or G n n. One by its Cholesky factor. Many small ones
-    by Gaussian elimination without pivoting: it turns [A, I] into [U, L], with L A = U. Since A is symmetric, its
-    inverse is L.T D^-1 L, where D is the diagonal of U. It takes two operations a row."""
+    """The inverses of symmetric positive definite matrices, G n n. A few by their Cholesky factors, one by one. Many
+    small ones by Gaussian elimination without pivoting: it turns [A, I] into [U, L], with L A = U. Since A is
+    symmetric, its inverse is L.T D^-1 L, where D is the diagonal of U. It takes two operations a row."""
     n, eye = systems.shape[-1], _eye(systems.shape[-1], systems.device)
-    if systems.ndim == 2:
-        return torch.cholesky_solve(eye, torch.linalg.cholesky_ex(systems)[0])
+    if len(systems) <= n:
+        return torch.stack([torch.cholesky_solve(eye, torch.linalg.cholesky_ex(system)[0]) for system in systems])
     both = torch.cat([systems, eye.expand_as(systems)], dim=2)  # G n 2n  becomes U, L
     for k in range(n - 1):
         row, below = both[:, k : k + 1], both[:, k + 1 :]
@@ -164,23 +167,43 @@ def invert(systems: torch.Tensor) -> torch.Tensor:
     return lower.mT @ (lower / upper.diagonal(dim1=1, dim2=2)[:, :, None])
 
 
-@functools.cache
+@functools.cache  # what stands here once costs no kernel in a step
 def _eye(n: int, device: torch.device) -> torch.Tensor:
     return torch.eye(n, device=device)
+
+
+@functools.cache
+def _blocks(n: int, m: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of `count` rows in blocks of n the first m of every whole block, M int64, and all rows of theirs, M n."""
+    blocks = torch.arange(count - count % n, device=device).view(-1, 1, n)
+    return blocks[:, 0, :m].flatten(), blocks.expand(-1, m, n).flatten(0, 1)
+
+
+@functools.cache
+def _same_block(numbers: tuple[int, ...], count: int, device: torch.device) -> torch.Tensor:
+    """1 where two of `count` rows stand in the same block of n, else 0: N count count."""
+    blocks = torch.stack([torch.arange(count, device=device) // n for n in numbers])  # N count
+    return (blocks[:, :, None] == blocks[:, None]).float()
 
 
 class Decoder(nn.Module):
     """The base of the decoders: features of mixtures B D and of asked views A D, candidates B n (rows of A) -> B n.
 
-    A tuple of several tables of candidates gets a tuple of logits. `prepare(mixtures, asked)` does once what all tables
-    share, `answer(*prepared, candidates)` gives the logits of one table."""
+    Candidates may also be several (n, m), if A = B. For each, the views stand in blocks of n, and the first m mixtures
+    of each whole block are asked about its views: a tuple of logits, M n each. `prepare(mixtures, asked)` does once
+    what all questions share, `answer(*prepared, candidates)` gives the logits of a table of candidates."""
 
     def forward(self, mixtures, asked, candidates):
         with torch.autocast(mixtures.device.type, enabled=False):
             prepared = self.prepare(mixtures.float(), asked.float())
-            if isinstance(candidates, tuple):
-                return tuple(self.answer(*prepared, table) for table in candidates)
-            return self.answer(*prepared, candidates)
+            answer = self.answer_blocks if isinstance(candidates, tuple) else self.answer
+            return answer(*prepared, candidates)
+
+    def answer_blocks(self, mixtures, *others):
+        """The logits for blocks, see above."""
+        *others, blocks = others
+        found = [_blocks(n, m, len(mixtures), mixtures.device) for n, m in blocks]
+        return tuple(self.answer(mixtures.index_select(0, rows), *others, candidates) for rows, candidates in found)
 
 
 class Scalars(nn.Module):
@@ -191,9 +214,10 @@ class Scalars(nn.Module):
         zeros = [0.0] * len(start)
         self.start, self.slope, self.curve = (nn.Parameter(torch.tensor(values)) for values in (start, zeros, zeros))
 
-    def forward(self, n: int) -> torch.Tensor:
-        """The scalars for n candidates: K."""
-        return self.start.add(self.slope, alpha=math.log(n / 64)).add(self.curve, alpha=math.log(n / 64) ** 2)
+    def forward(self, *numbers: int) -> torch.Tensor:
+        """The scalars for each of N numbers of candidates: N K."""
+        logs = [math.log(n / 64) for n in numbers]
+        return torch.stack([self.start.add(self.slope, alpha=x).add(self.curve, alpha=x * x) for x in logs])
 
 
 class DotDecoder(Decoder):
@@ -239,7 +263,7 @@ class CosineDecoder(Decoder):
 
     def answer(self, cosines, candidates):
         """The cosines over the temperature: B A, B n -> B n."""
-        return self.scalars(candidates.shape[1]).exp() * cosines.gather(1, candidates)  # B n
+        return self.scalars(candidates.shape[1])[0].exp() * cosines.gather(1, candidates)  # B n
 
 
 class MLPDecoder(Decoder):
@@ -259,7 +283,7 @@ class MLPDecoder(Decoder):
         """What the MLP says of each pair: B P, A P, B n -> B n."""
         asked = asked.index_select(0, candidates.flatten()).view(*candidates.shape, -1)  # B n P  see RidgeDecoder
         pair = torch.cat([mixtures[:, None] * asked, (mixtures[:, None] - asked).abs()], dim=2)  # B n 2P
-        return self.scalars(candidates.shape[1]).exp() * self.mlp(pair).squeeze(2)  # B n
+        return self.scalars(candidates.shape[1])[0].exp() * self.mlp(pair).squeeze(2)  # B n
 
 
 class RidgeDecoder(Decoder):
@@ -270,35 +294,46 @@ class RidgeDecoder(Decoder):
     as one more equation: Heinz & Chang 2001); here the encoder learns the space in which it is right. With a large
     ridge it is a dot product, with none it is exact where features are linear in the pixels."""
 
-    def __init__(self, features: int, projection: int = 256):
+    def __init__(self, features: int):
         super().__init__()
-        self.project = Projection(features, projection)
+        self.project = Projection(features, features)
         # The logs of the ridge, relative to the squared length of a projection, of the price of a sum other than one,
         # and of the sharpness; the offset.
         self.scalars = Scalars(math.log(0.3), 0.0, math.log(50.0), -1.0)
 
     def prepare(self, mixtures, asked):
         """B D, A D -> the dot products of mixtures with asked views, B A, and of asked views with each other, A A."""
-        mixtures, asked = (z / math.sqrt(z.shape[1]) for z in self.project(mixtures, asked))  # B P, A P
-        return mixtures @ asked.T, asked @ asked.T
+        mixtures, asked = self.project(mixtures, asked)  # B P, A P
+        products = torch.cat([mixtures, asked]) @ asked.T / asked.shape[1]
+        return products.split([len(mixtures), len(asked)])
 
     def answer(self, products, gram, candidates):
-        """The logs of the least-squares weights, made positive: B A, A A, B n -> B n."""
+        """The logs of the least-squares weights, made positive: B A, A A, B n -> B n. A system for each mixture."""
         A, n = len(gram), candidates.shape[1]
-        scalars = self.scalars(n)
-        (ridge, price, sharpness), offset = scalars[:3].exp(), scalars[3]
-        # The price is as if projections had one more direction, the same for all.
-        products, gram = products + price, gram + price
-        ridge = (ridge + LEAST_RIDGE) * _eye(n, gram.device)
-        if n == A:  # all views are candidates of every mixture, in some order: one system for all
-            solution = solve(gram + ridge, products.T).T.gather(1, candidates)  # B n
-        else:
-            pairs = candidates[:, :, None] * A + candidates[:, None]  # B n n
-            gram = gram.flatten().index_select(0, pairs.flatten()).view_as(pairs)  # B n n  the same sums every time
-            solution = solve(gram + ridge, products.gather(1, candidates)[:, :, None]).squeeze(2)  # B n
-        x = sharpness * solution + offset
+        pairs = candidates[:, :, None] * A + candidates[:, None]  # B n n
+        gram = gram.flatten().index_select(0, pairs.flatten()).view_as(pairs)  # B n n  the same sums every time
+        return self.weigh(products.gather(1, candidates)[:, None], gram, (n,)).squeeze(1)
+
+    def answer_blocks(self, products, gram, blocks):
+        """The same for several blocks: one system for all mixtures and each n, in which blocks do not meet."""
+        logits = self.weigh(products, gram, tuple(n for n, _ in blocks))
+        count, found = len(products), []
+        for (n, m), one in zip(blocks, logits, strict=True):
+            rows, candidates = _blocks(n, m, count, one.device)
+            found.append(one if m == count else one.index_select(0, rows).gather(1, candidates))
+        return tuple(found)
+
+    def weigh(self, products, gram, numbers):
+        """Least squares among m candidates in blocks of each of N numbers: B m, m m -> N B m; or, for one number,
+        B 1 m, B m m -> B 1 m."""
+        scalars = self.scalars(*numbers).T[:, :, None, None]
+        (ridge, price, sharpness), offset = scalars[:3].exp(), scalars[3]  # N 1 1 each
+        products, gram = products + price, gram + price  # as if projections had one more direction, the same for all
+        m, device = gram.shape[-1], gram.device
+        systems = gram * _same_block(numbers, m, device) + (ridge + LEAST_RIDGE) * _eye(m, device)  # N m m
+        x = sharpness * solve(systems, products.mT).mT + offset
         # The log of softplus(x), which is x itself where x is very negative: so no weight is ever out of reach.
-        return torch.where(x > -15, nn.functional.softplus(x.clamp(min=-15)).log(), x)  # B n
+        return torch.where(x > -15, nn.functional.softplus(x.clamp(min=-15)).log(), x)
 
 
 DECODERS = {"ridge": RidgeDecoder, "cosine": CosineDecoder, "mlp": MLPDecoder, "dot": DotDecoder}

@@ -34,8 +34,8 @@ class Question(NamedTuple):
 
     mixtures: torch.Tensor  # B 3 S S
     asked: torch.Tensor  # A 3 S S  the views that candidates refer to
-    candidates: torch.Tensor  # B n int64  rows of asked, all different; or a tuple of several such tables
-    weights: torch.Tensor  # B n  the answer, each row sums to one; or a tuple
+    candidates: torch.Tensor | tuple  # B n int64  rows of asked, all different; or several (n, m): see Decoder
+    weights: torch.Tensor | tuple  # B n  the answer, each row sums to one; or several, of those that are asked about
 
     @property
     def inputs(self) -> tuple[torch.Tensor, ...]:
@@ -93,8 +93,8 @@ class WeightTask(Task):
         return weights.log() if self.activation == "softmax" else weights.logit()
 
     def score(self, logits: torch.Tensor | tuple, question: Question) -> dict[str, torch.Tensor]:
-        """Logits B n, or a tuple of one for each table of the question -> means over the batch: loss, 0 when perfect;
-        source_accuracy and weight_mae, in [0, 1]. Losses of several tables are added; the others are of the last."""
+        """Logits B n, or several as the question has weights -> means over the mixtures: loss, 0 when perfect;
+        source_accuracy and weight_mae, in [0, 1]. Losses of several are added; the others are of the last."""
         several = isinstance(logits, tuple)
         tables = list(zip(logits, question.weights, strict=True)) if several else [(logits, question.weights)]
         losses = []
@@ -121,9 +121,11 @@ class WeightTask(Task):
 class MixupTransform(WeightTask):
     """Mix every image of a batch with others of it, and ask how much of each candidate is in the mixture.
 
-    candidates  n >= 2: the k sources among n - k distractors in shuffled order; "batch": two tables about the same
-                mixtures, every image of the batch, and a few candidates, so that the answers fit any number of them
-    few         "batch": the numbers of candidates of the second table, one is drawn for each batch; (): no such table
+    candidates  n >= 2: the k sources among n - k distractors in shuffled order; "batch": two questions about the same
+                mixtures, one with every image of the batch as candidates, one with a few, so that the answers fit any
+                number of them. Sources then stand one after another in the batch, which the loader shuffles.
+    few         "batch": how many candidates the second question may have, one is drawn for each batch: the batch stands
+                in blocks of as many, and a mixture with all sources in one is asked about it. (): no second question
     sources     k >= 1 images in a mixture, the first the example itself; k = 1: the mixture is one of the candidates
     dist        the mixing distribution, any torch.distributions object with values in [0, 1]; None: uniform.
                 k = 2: weights w and 1 - w, w from dist; k > 2: stick-breaking, each source takes a share from dist of
@@ -149,49 +151,51 @@ class MixupTransform(WeightTask):
         self.dist = dist if dist is not None else Uniform(0.0, 1.0)
 
     def draw(self, images: torch.Tensor, rng: torch.Generator) -> list[torch.Tensor]:
-        """Sources and weights B k, candidates and answer B n, views. Raises UsageError if the batch is too small."""
-        B, k = len(images), self.sources
-        n = self.candidates
-        if n == "batch":  # the first table has the whole batch, the second n candidates
+        """Sources B k, weights B k, the answer, views; and if they are a number, candidates B n. Raises UsageError if
+        the batch is too small."""
+        B, k, n = len(images), self.sources, self.candidates
+        batch = n == "batch"
+        if batch:  # the second question has n candidates
             fitting = [few for few in self.few if k <= few <= B] or [k]
-            n = fitting[int(torch.randint(len(fitting), (), generator=rng))] if self.few else k
+            n = fitting[int(torch.randint(len(fitting), (), generator=rng))]
         if max(n, k) > B:
             raise UsageError(f"{max(n, k)} candidates need as many images in a batch, and this one has {B}")
-        rows, weights = self.draw_sources(B, n, rng)  # B n, B k
+        rows = (torch.arange(B)[:, None] + torch.arange(k)) % B if batch else self.draw_candidates(B, n, rng)
+        left, weights = torch.ones(B), []
+        for share in sample(self.dist, (k - 1, B), rng):
+            weights.append(left * share.clamp(SMALLEST_WEIGHT, 1 - SMALLEST_WEIGHT))
+            left = left - weights[-1]
+        weights = torch.stack([*weights, left], dim=1)  # B k
         views = draw_views(B * (2 if self.views else 1), rng)
+        if batch:
+            inside = torch.arange(B - B % n).view(-1, n)[:, : n - k + 1].flatten()  # all sources in one block of n
+            return [rows, weights, torch.zeros(len(inside), n).scatter_(1, rows[inside] % n, weights[inside]), views]
         order = torch.rand(B, n, generator=rng).argsort(dim=1)
-        answer = F.pad(weights, (0, n - k)).gather(1, order)
-        return [rows[:, :k], weights, rows.gather(1, order), answer, views, torch.arange(B)]
+        return [rows[:, :k], weights, F.pad(weights, (0, n - k)).gather(1, order), views, rows.gather(1, order)]
 
     def ask(self, images: torch.Tensor, drawn: list[torch.Tensor], labels: torch.Tensor | None = None) -> Question:
         """images B 3 H H uint8 and what `draw` returned, on one device -> Question."""
         B = len(images)
-        sources, weights, candidates, answer, views, every = drawn
+        sources, weights, answer, views, *candidates = drawn
         seen, *others = make_views(images, self.size, views)  # B 3 S S  the view that is mixed
         asked = others[0] if others else seen  # B 3 S S  the view asked about
         parts = seen.flatten(1)[sources]  # B k 3*S*S
         mixtures = (weights[:, None] @ parts).view_as(seen)
-        if self.candidates == "batch":
-            every, whole = every.expand(B, B), weights.new_zeros(B, B).scatter_(1, sources, weights)  # B B
-            candidates, answer = ((every, candidates), (whole, answer)) if self.few else (every, whole)
-        return Question(mixtures, asked, candidates, answer)
+        if candidates:
+            return Question(mixtures, asked, *candidates, answer)
+        every, n = weights.new_zeros(B, B).scatter_(1, sources, weights), answer.shape[1]
+        questions = [((B, B), every), ((n, n - self.sources + 1), answer)]
+        return Question(mixtures, asked, *zip(*questions[: 2 if self.few else 1], strict=True))
 
-    def draw_sources(self, B: int, n: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of the batch, B n: the k sources, then n - k distractors; the sources' weights, B k.
-
-        The images stand in a circle in random order, and a mixture's candidates stand at the same n distances from its
-        own image as those of every other. So every image is in k mixtures, and the cost grows with B n, not B squared.
-        """
+    def draw_candidates(self, B: int, n: int, rng: torch.Generator) -> torch.Tensor:
+        """Rows of the batch, B n: the k sources, then n - k distractors. The images stand in a circle in random order,
+        and a mixture's candidates stand at the same n distances from its own image as those of every other. So every
+        image is in k mixtures."""
         circle = torch.randperm(B, generator=rng).numpy()
         steps = 1 + torch.randperm(B - 1, generator=rng)[: n - 1].numpy()  # n - 1
         rows = np.empty((B, n), dtype=np.int64)
         rows[circle] = circle[(np.arange(B)[:, None] + np.append(0, steps)) % B]  # the example itself comes first
-        left = torch.ones(B)
-        weights = []
-        for share in sample(self.dist, (self.sources - 1, B), rng):
-            weights.append(left * share.clamp(SMALLEST_WEIGHT, 1 - SMALLEST_WEIGHT))
-            left = left - weights[-1]
-        return torch.from_numpy(rows), torch.stack([*weights, left], dim=1)
+        return torch.from_numpy(rows)
 
     def validation(self, candidates: int = 3) -> "MixupTransform":
         """The fixed question: two sources (one if `sources` is 1), weights from 0.1 to 0.9; runs have 3 candidates."""

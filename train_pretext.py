@@ -38,7 +38,7 @@ from harness.download import ARCHIVES
 from harness.errors import RunError, UsageError, ValueProblem
 from harness.files import write_json
 from harness.log import Log
-from harness.pictures import draw_kernels, draw_mixtures, draw_neighbours, draw_reliability, legible
+from harness.pictures import draw_mixtures, draw_neighbours, draw_reliability, legible
 from harness.ranks import RANK, RANKS
 from models import DECODERS, build_model, check_size
 from tasks import ACTIVATIONS, LOSSES, TASKS, LabelTask, MixupTransform, Question, WeightTask, divergence, settings_of
@@ -79,7 +79,7 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     add("--loss", choices=LOSSES, default="kl", help="cross-entropy less the truth's own entropy, or squared error")
     add = parser.add_argument_group("network").add_argument
     add("--encoder", default="conv", help="what is kept: conv, or a classification network of torchvision by name")
-    add("--widths", type=integer(1), nargs="+", help="channels of conv's convolutions (default: 32 64 128 256)")
+    add("--widths", type=integer(1), nargs="+", help="channels of conv's convolutions (default: 16 64 128 256)")
     add("--decoder", choices=DECODERS, default="ridge", help="what compares mixture and candidates")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=integer(1), default=50, help="passes over the images")
@@ -346,7 +346,7 @@ class Answers:
 
 
 def look_inside(trainer: Trainer, val_loader: DataLoader, log: Log, size: int, epoch: int, subrun: str | None) -> None:
-    """Log histograms, first kernels, nearest neighbours and, in `subrun`, features of views of `size` px as points."""
+    """Log histograms, nearest neighbours and, in `subrun`, features of views of `size` px as points."""
     if RANK:
         return
     images, rows = val_loader.dataset.images, val_loader.dataset.rows
@@ -357,8 +357,6 @@ def look_inside(trainer: Trainer, val_loader: DataLoader, log: Log, size: int, e
     features = encode_images(encoder, images.pixels, rows, size, trainer.device, trainer.amp)
     log.histograms(trainer.model, epoch)
     log.picture("val", "neighbours/validation", draw_neighbours(images.pixels[rows], features, drawn), epoch)
-    kernels = next(p for p in encoder.parameters() if p.ndim == 4)
-    log.picture("val", "neighbours/first layer", draw_kernels(kernels), epoch)
     if subrun:
         thumbnails = torch.nn.functional.interpolate(torch.from_numpy(images.pixels[rows]).float(), THUMBNAIL)
         log.projector(subrun, features, [name or "no label" for name in names], thumbnails, epoch)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torchvision.utils import make_grid
 
 VIEW = 96  # px, side of a view on a contact sheet
 BAR = 14  # px, height of a weight's bar
@@ -144,14 +143,6 @@ def draw_sheet(images: np.ndarray, captions: Sequence[tuple[str, str]], columns:
         draw.text((left, top + VIEW + 2), first[:LINE], INK, _font())
         draw.text((left, top + VIEW + 17), second[:LINE], INK, _font(12))
     return sheet
-
-
-def draw_kernels(kernels: torch.Tensor) -> Image.Image:
-    """The first layer's kernels, F 3 h w, as colours, each scaled to its own range."""
-    grid = make_grid(kernels.detach().float().cpu(), nrow=16, normalize=True, scale_each=True, padding=1, pad_value=1)
-    picture = Image.fromarray((grid * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
-    scale = max(1, 800 // picture.width)
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
 def draw_neighbours(images: np.ndarray, features: torch.Tensor, names: list[str], rows: int = 4) -> Image.Image:

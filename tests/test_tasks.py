@@ -7,12 +7,21 @@ from torch.distributions import Beta, Kumaraswamy, Uniform
 from augment import augment, generator, to_pixels
 from engine import VALIDATION_SEED
 from harness.errors import UsageError
-from tasks import TASKS, MixupTransform, Question, chance, compare, divergence, guess, least_squares
+from tasks import TASKS, MixupTransform, Question, chance, compare, divergence, guess, least_squares, sample
 
 
 def ask(batch, *args, seed=0, few=(), **options):
-    """A question; of the whole batch, without the second table unless `few` is given."""
-    return MixupTransform(*args, few=few, **options)(batch, generator(seed))
+    """A question; of the whole batch, without the one about a few unless `few` is given."""
+    return as_table(MixupTransform(*args, few=few, **options)(batch, generator(seed)))
+
+
+def as_table(q):
+    """A question about the whole batch with candidates that can be looked up."""
+    if isinstance(q.candidates, tuple) and len(q.candidates) == 1:
+        n = len(q.mixtures)
+        assert q.candidates == ((n, n),)
+        return q._replace(candidates=torch.arange(n).expand(n, n), weights=q.weights[0])
+    return q
 
 
 @pytest.mark.parametrize("candidates", [2, 3, 10, 24, "batch"])
@@ -82,7 +91,8 @@ def test_a_question_depends_on_the_seed_alone_and_leaves_the_global_state(batch)
 
 
 def test_partners_change_from_step_to_step(batch):
-    partners = {tuple(ask(batch, "batch", seed=s).weights[0].nonzero().flatten().tolist()) for s in range(30)}
+    questions = [ask(batch, 8, seed=s) for s in range(30)]
+    partners = {tuple(q.candidates[0][q.weights[0] > 0].sort().values.tolist()) for q in questions}
     assert len(partners) > 10
 
 
@@ -161,7 +171,7 @@ def test_the_validation_question_is_fixed(batch):
 def test_the_seen_view_is_the_first_drawn(batch):
     """Two views of an image are independent draws: the asked one isn't the seen one again."""
     rng = generator(0)
-    MixupTransform("batch").draw_sources(len(batch), 2, rng)
+    torch.randint(1, (), generator=rng), sample(Uniform(0, 1), (1, len(batch)), rng)
     seen, asked = augment(batch, 32, rng), augment(batch, 32, rng)
     q = ask(batch, "batch")
     assert torch.equal(q.asked, asked) and (seen - asked).abs().mean() > 0.1
@@ -172,7 +182,7 @@ def test_the_seen_view_is_the_first_drawn(batch):
 @pytest.mark.parametrize("candidates", [2, 3, "batch"])
 def test_the_uninformed_guess_is_the_same_weight_for_every_candidate(batch, activation, candidates):
     task = MixupTransform(candidates, activation=activation, few=())
-    q = task(batch, generator(0))
+    q = as_table(task(batch, generator(0)))
     scores = task.baselines()["chance"](q)
     assert torch.isclose(scores["weight_mae"], (guess(q) - q.weights).abs().mean(), atol=1e-6)
     logits = torch.full_like(q.weights, -math.log(q.weights.shape[1] - 1) if activation == "sigmoid" else 0.0)
@@ -238,8 +248,7 @@ def test_scale_makes_its_own_candidates():
 
 def test_asked_both_ways(batch):
     task = MixupTransform("batch", few=())
-    q = task(batch, generator(0))
-    logits = torch.randn(24, 24)
+    q, logits = ask(batch), torch.randn(24, 24)
     shares = q.weights.T / q.weights.T.sum(dim=1, keepdim=True)
     expected = (divergence(logits, q.weights, "softmax").mean() + divergence(logits.T, shares, "softmax").mean()) / 2
     assert torch.isclose(task.score(logits, q)["loss"], expected)
@@ -248,27 +257,27 @@ def test_asked_both_ways(batch):
     assert not any(MixupTransform(**o).symmetric for o in ({"activation": "sigmoid"}, {"loss": "mse"}))
 
 
-def test_a_few_candidates_are_asked_about_beside_the_whole_batch(batch):
-    numbers = set()
+def test_blocks_are_asked_about_beside_the_whole_batch(batch):
+    seen = set()
     for seed in range(30):
         q = ask(batch, "batch", 3, seed=seed, few=(3, 5, 8, 32), views=False)
-        (every, few), (shares, weights) = q.candidates, q.weights
-        numbers.add(few.shape[1])
-        assert torch.equal(every, torch.arange(24).expand(24, 24)) and few.shape == weights.shape
-        assert all(len(set(row)) == few.shape[1] for row in few.tolist())  # the sources among distractors
-        assert torch.equal(weights, shares.gather(1, few)) and torch.allclose(weights.sum(dim=1), torch.ones(24))
-        assert torch.allclose(torch.einsum("bn,bnchw->bchw", weights, q.asked[few]), q.mixtures, atol=1e-5)
-    assert numbers == {3, 5, 8}  # 32 are more than the batch has
-    places = torch.cat([ask(batch, seed=s, few=(3,)).weights[1].argmax(dim=1) for s in range(20)])
-    assert torch.bincount(places).min() > 0.25 * len(places)  # in shuffled order
+        (every, (n, m)), (shares, weights) = q.candidates, q.weights
+        rows = [i for i in range(24 - 24 % n) if i % n < m]
+        seen.add((n, m, len(weights)))
+        assert every == shares.shape == (24, 24) and len(rows) == len(weights)
+        blocks = torch.tensor([range(i - i % n, i - i % n + n) for i in rows])  # the candidates
+        assert torch.equal(weights, shares[rows].gather(1, blocks)) and ((weights > 0).sum(dim=1) == 3).all()
+        assert torch.allclose(shares.sum(dim=1), torch.ones(24)) and ((shares > 0).sum(dim=0) == 3).all()
+        assert torch.allclose(torch.einsum("bn,nchw->bchw", shares, q.asked), q.mixtures, atol=1e-5)
+    assert seen == {(3, 1, 8), (5, 3, 12), (8, 6, 18)}  # 32 are more than the batch has
 
 
 def test_the_losses_of_both_tables_are_added(batch):
     task = MixupTransform(few=(5,))
     q = task(batch, generator(0))
-    logits = torch.randn(24, 24), torch.randn(24, 5)
+    logits = torch.randn(24, 24), torch.randn(16, 5)
     parts = [
-        MixupTransform(few=()).score(logits[0], q._replace(weights=q.weights[0])),
+        MixupTransform(few=()).score(logits[:1], q._replace(weights=q.weights[:1])),
         MixupTransform(5).score(logits[1], q._replace(weights=q.weights[1])),
     ]
     scores = task.score(logits, q)
@@ -279,4 +288,5 @@ def test_the_losses_of_both_tables_are_added(batch):
 @pytest.mark.parametrize("count,sources", [(2, 2), (3, 2), (3, 3), (4, 3)])
 def test_batches_that_are_smaller_than_the_few(batch, count, sources):
     q = MixupTransform(sources=sources)(batch[:count], generator(0))
-    assert q.weights[1].shape == (count, sources) and q.weights[0].shape == (count, count)
+    assert q.candidates == ((count, count), (sources, 1))
+    assert [weights.shape for weights in q.weights] == [(count, count), (count // sources, sources)]
