@@ -3,14 +3,13 @@
     python inspect_data.py DATA
 
 DATA is a folder of images, the name of a data set, or `photos`. Prints for each split and class how many images there
-are, how large, in which modes, their mean colour and its spread; which files cannot be read; which images are in two
-splits. Draws a contact sheet, and mixtures as the network sees them, with their weights."""
+are, how large, in which modes; which files cannot be read; which images are in two splits. Draws a contact sheet, and
+mixtures as the network sees them, with their weights."""
 
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -69,7 +68,7 @@ def groups(images: Images) -> dict[tuple[str, str], list[int]]:
 def table(images: Images) -> str:
     """A line for each split and class, and one for each split."""
     described = _originals(images)
-    lines = [("split", "class", "images", "width x height, px", "modes", "mean colour", "spread")]
+    lines = [("split", "class", "images", "width x height, px", "modes")]
     parts = groups(images)
     for split in dict.fromkeys(split for split, _ in parts):
         mine = {name: rows for (s, name), rows in parts.items() if s == split}
@@ -78,7 +77,7 @@ def table(images: Images) -> str:
         for name, rows in mine.items():
             sizes, modes = zip(*(described[row] for row in rows), strict=True)
             counts = ", ".join(f"{count} {mode}" for mode, count in Counter(modes).most_common())
-            lines.append((split, name, str(len(rows)), _range(sizes), counts, *_colour(images, rows)))
+            lines.append((split, name, str(len(rows)), _range(sizes), counts))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
@@ -102,17 +101,6 @@ def _range(sizes: list[tuple[int, int]]) -> str:
     ranked = sorted(sizes, key=lambda size: size[0] * size[1])
     small, middle, large = (f"{w} x {h}" for w, h in (ranked[0], ranked[len(ranked) // 2], ranked[-1]))
     return small if small == large else f"{small} to {large}, median {middle}"
-
-
-def _colour(images: Images, rows: list[int]) -> list[str]:
-    """Mean and standard deviation of red, green and blue over the pixels of these rows, in [0, 255]."""
-    sums = np.zeros((2, 3))
-    for start in range(0, len(rows), 256):
-        pixels = images.pixels[rows[start : start + 256]].astype(np.float64)
-        sums += pixels.sum(axis=(0, 2, 3)), np.square(pixels).sum(axis=(0, 2, 3))
-    mean, square = sums / (len(rows) * images.pixels[0, 0].size)
-    spread = np.sqrt(np.maximum(square - mean**2, 0))
-    return [" ".join(f"{value:3.0f}" for value in values) for values in (mean, spread)]
 
 
 def duplicates(images: Images) -> str:

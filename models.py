@@ -324,8 +324,7 @@ class RidgeDecoder(Decoder):
         return tuple(found)
 
     def weigh(self, products, gram, numbers):
-        """Least squares among m candidates in blocks of each of N numbers: B m, m m -> N B m; or, for one number,
-        B 1 m, B m m -> B 1 m."""
+        """Least squares in blocks of each of N numbers: B A, A A -> N B A; or for N = 1 B 1 n, B n n -> B 1 n."""
         scalars = self.scalars(*numbers).T[:, :, None, None]
         (ridge, price, sharpness), offset = scalars[:3].exp(), scalars[3]  # N 1 1 each
         products, gram = products + price, gram + price  # as if projections had one more direction, the same for all

@@ -161,11 +161,9 @@ class MixupTransform(WeightTask):
         if max(n, k) > B:
             raise UsageError(f"{max(n, k)} candidates need as many images in a batch, and this one has {B}")
         rows = (torch.arange(B)[:, None] + torch.arange(k)) % B if batch else self.draw_candidates(B, n, rng)
-        left, weights = torch.ones(B), []
-        for share in sample(self.dist, (k - 1, B), rng):
-            weights.append(left * share.clamp(SMALLEST_WEIGHT, 1 - SMALLEST_WEIGHT))
-            left = left - weights[-1]
-        weights = torch.stack([*weights, left], dim=1)  # B k
+        shares = sample(self.dist, (k - 1, B), rng).clamp(SMALLEST_WEIGHT, 1 - SMALLEST_WEIGHT)
+        left = torch.cat([torch.ones(1, B), (1 - shares).cumprod(dim=0)])  # k B  before each source takes its share
+        weights = (left * torch.cat([shares, torch.ones(1, B)])).T  # B k
         views = draw_views(B * (2 if self.views else 1), rng)
         if batch:
             inside = torch.arange(B - B % n).view(-1, n)[:, : n - k + 1].flatten()  # all sources in one block of n
@@ -189,8 +187,7 @@ class MixupTransform(WeightTask):
 
     def draw_candidates(self, B: int, n: int, rng: torch.Generator) -> torch.Tensor:
         """Rows of the batch, B n: the k sources, then n - k distractors. The images stand in a circle in random order,
-        and a mixture's candidates stand at the same n distances from its own image as those of every other. So every
-        image is in k mixtures."""
+        and all mixtures' candidates at the same n distances from their own image. So every image is in k mixtures."""
         circle = torch.randperm(B, generator=rng).numpy()
         steps = 1 + torch.randperm(B - 1, generator=rng)[: n - 1].numpy()  # n - 1
         rows = np.empty((B, n), dtype=np.int64)

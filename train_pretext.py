@@ -7,8 +7,7 @@
     torchrun --nproc_per_node=8 train_pretext.py …              on several devices
     tensorboard --logdir runs                                   watch it
 
-The run's folder gets settings.json, history.csv, summary.json, validation.png, checkpoint.pt, encoder.pt and what
-TensorBoard shows."""
+The run's folder gets settings.json, history.csv, summary.json, validation.png, checkpoint.pt, encoder.pt, curves."""
 
 import argparse
 import contextlib
@@ -41,7 +40,7 @@ from harness.log import Log
 from harness.pictures import draw_mixtures, draw_neighbours, draw_reliability, legible
 from harness.ranks import RANK, RANKS
 from models import DECODERS, build_model, check_size
-from tasks import ACTIVATIONS, LOSSES, TASKS, LabelTask, MixupTransform, Question, WeightTask, divergence, settings_of
+from tasks import ACTIVATIONS, LOSSES, TASKS, LabelTask, MixupTransform, Question, WeightTask, settings_of
 
 QUESTION = {"candidates", "sources", "views", "activation", "loss"}  # options
 OFTEN = {"checkpoint_every", "inspect_every"}
@@ -279,8 +278,7 @@ def fit(progress: Progress, train_loader: DataLoader, val_loader: DataLoader, lo
                 log.scalars("train", epoch, {f"training/{name}": value for name, value in training.items()})
                 seldom = args.inspect_every and (epoch % args.inspect_every == 0 or epoch == args.epochs)
                 if answers:
-                    for tag, picked in ("validation", answers.first), ("hardest", answers.hardest()):
-                        log.picture("val", f"mixtures/{tag}", draw_mixtures(*picked, **CARD), epoch)
+                    log.picture("val", "mixtures/validation", draw_mixtures(*answers.first, **CARD), epoch)
                     log.picture("val", "mixtures/weights", draw_reliability(*torch.cat(answers.weights, dim=1)), epoch)
                     if seldom or epoch == args.epochs:
                         draw_mixtures(*answers.first).save(log.folder / "validation.png")
@@ -321,28 +319,18 @@ def curves(scores: dict[str, float]) -> dict[str, float]:
 
 
 class Answers:
-    """Collects the first and the hardest validation answers to a task, and all weights, for pictures."""
+    """Collects the first validation answers to a task, and all weights, for pictures."""
 
     def __init__(self, task: WeightTask):
-        self.task, self.first, self.examples, self.weights = task, None, [], []
+        self.task, self.first, self.weights = task, None, []
 
     def __call__(self, question: Question, logits: torch.Tensor) -> None:
         """Look at the answers to a question: logits B n."""
-        loss = divergence(logits, question.weights, self.task.activation)  # B
-        most = min(EXAMPLES, len(loss))
-        wrong, hardest = loss.topk(most)
-        first = torch.arange(most, device=loss.device)
-        views, asked = to_pixels(question.mixtures), to_pixels(question.asked)
         predicted = self.task.predict(logits)
-        pick = lambda i: (views[i], asked[question.candidates[i]], question.weights[i], predicted[i])  # noqa: E731
-        self.first = self.first or pick(first)
-        self.examples += zip(wrong.tolist(), *pick(hardest), strict=True)
+        if not self.first:
+            views, asked = to_pixels(question.mixtures), to_pixels(question.asked)[question.candidates]
+            self.first = [part[:EXAMPLES] for part in (views, asked, question.weights, predicted)]
         self.weights.append(torch.stack([question.weights.flatten(), predicted.flatten()]))
-
-    def hardest(self) -> tuple[torch.Tensor, ...]:
-        """The mixtures with the highest loss, the worst first, as `first` has the first ones: see draw_mixtures."""
-        worst = sorted(self.examples, key=lambda example: -example[0])[:EXAMPLES]
-        return tuple(map(torch.stack, list(zip(*worst, strict=True))[1:]))
 
 
 def look_inside(trainer: Trainer, val_loader: DataLoader, log: Log, size: int, epoch: int, subrun: str | None) -> None:

@@ -37,15 +37,6 @@ def test_it_says_what_is_in_a_folder(inspect, labelled, patches):
     assert contact.std() > 20 and mixtures.std() > 20
 
 
-def test_the_mean_colour_and_its_spread(inspect, tmp_path):
-    (tmp_path / "images").mkdir()
-    for i, colour in enumerate([(255, 0, 100), (255, 0, 50), (255, 0, 0)]):
-        Image.new("RGB", (40, 40), colour).save(tmp_path / "images" / f"{i}.png")
-    end = inspect("images", "--out", "pictures")
-    line = next(line for line in end.out.splitlines() if line.startswith("unsup"))
-    assert line.split()[-6:] == ["255", "0", "50", "0", "0", "41"]
-
-
 def test_two_images_are_too_few_for_mixtures(inspect, tmp_path, patches):
     (tmp_path / "images").mkdir()
     for i in range(2):

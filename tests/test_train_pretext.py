@@ -14,7 +14,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from harness import command
 from models import ConvEncoder
-from tasks import MixupTransform
 
 FIGURES = {"curves/loss": "loss", "curves/sources named right": "source_accuracy", "curves/weight error": "weight_mae"}
 QUICK = ("--epochs", 2, "--size", 8, "--batch-size", 256)
@@ -73,7 +72,7 @@ def test_a_run_leaves_everything_that_is_promised(pretext):
         assert points == pytest.approx([float(row[f"training_{name}"]) for row in rows], rel=1e-5), name
     val = events(folder / "val")
     assert [image.step for image in val.Images("mixtures/validation")] == [1, 2]
-    for tag in ("mixtures/hardest", "mixtures/weights"):
+    for tag in ("mixtures/validation", "mixtures/weights"):
         assert all(1.2 < e.width / e.height < 2 for e in val.Images(tag)), tag  # landscape
 
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
@@ -166,21 +165,6 @@ def test_every_option_trains(pretext, options):
     end, folder = pretext(*options)
     assert end.status == 0, end.err
     assert 0 <= read(folder)["val_source_accuracy"] <= 1
-
-
-def test_the_hardest_answers_are_those_of_the_highest_loss(batch):
-    """Under a sigmoid, too, whose loss ranks answers differently than a softmax."""
-    import train_pretext
-
-    task = MixupTransform(3, activation="sigmoid")
-    question = task(batch[:3], torch.Generator().manual_seed(0))
-    question = question._replace(weights=torch.tensor([[0.5, 0.5, 0.0]] * 3))
-    logits = torch.tensor([[9.0, 9.0, 9.0], [0.0, 0.0, 0.0], [0.0, 0.0, -9.0]])  # all too sure; unsure; nearly right
-    answers = train_pretext.Answers(task)
-    answers(question, logits)
-    losses = [example[0] for example in answers.examples]
-    assert losses == sorted(losses, reverse=True) and losses[0] > 10
-    assert answers.examples[0][-1].tolist() == pytest.approx([1, 1, 1], abs=1e-3)
 
 
 def test_a_folder_of_ones_own(script, folder):
