@@ -18,7 +18,7 @@ from harness.errors import UsageError, ValueProblem
 from harness.ranks import encode
 
 LEAST_RIDGE = 1e-5  # so that a system has one solution, whatever is learned
-WIDTHS = (16, 64, 128, 256)  # channels of the encoder conv
+WIDTHS = (32, 64, 128, 256)  # channels of the encoder conv
 USUAL_SIZE = 224  # px; the views that torchvision's networks are made for
 ENCODERS = ["conv", *torchvision.models.list_models(module=torchvision.models)]  # its classification networks
 OTHER_HEAD = "has another kind of head than one Linear layer"
@@ -33,32 +33,31 @@ class ConvBlock(nn.Sequential):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions beside a shortcut (He et al. 2016, figure 5 left): B C H W -> B C H W, with `hidden` channels
-    between them. Half of C take half of the time."""
+    """Two convolutions beside a shortcut (He et al. 2016, figure 5 left): B in H W -> B out H/stride W/stride."""
 
-    def __init__(self, channels: int, hidden: int):
+    def __init__(self, inputs: int, outputs: int, stride: int = 1):
         super().__init__()
-        conv = nn.Conv2d(hidden, channels, 3, padding=1, bias=False)
-        self.block = nn.Sequential(ConvBlock(channels, hidden), conv, nn.BatchNorm2d(channels))
+        first, conv = ConvBlock(inputs, outputs, stride), nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.block = nn.Sequential(first, conv, nn.BatchNorm2d(outputs))
+        same = inputs == outputs and stride == 1
+        self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x):
-        return torch.relu(self.block(x) + x)
+        return torch.relu(self.block(x) + self.shortcut(x))
 
 
 class ConvEncoder(nn.Module):
     """Convolutions that widen as they halve the picture, residual blocks, then mean and maximum: B 3 S S -> B D.
 
     widths  channels of each convolution; D is twice the last
-    hidden  channels within each residual block; None: one block, with half of the last width. Encoders of earlier
-            versions have one or two blocks with the last width"""
+    blocks  residual blocks; encoders of earlier versions have two"""
 
-    def __init__(self, widths: Sequence[int] = WIDTHS, hidden: Sequence[int] | None = None):
+    def __init__(self, widths: Sequence[int] = WIDTHS, blocks: int = 1):
         super().__init__()
-        last = widths[-1]
-        self.out_features = 2 * last
+        self.out_features = 2 * widths[-1]
         halving = (ConvBlock(i, o, stride=2) for i, o in zip(widths, widths[1:], strict=False))
         self.convs = nn.Sequential(ConvBlock(3, widths[0]), *halving)
-        self.blocks = nn.Sequential(*(ResBlock(last, inner) for inner in hidden or [max(1, last // 2)]))
+        self.blocks = nn.Sequential(*(ResBlock(widths[-1], widths[-1]) for _ in range(blocks)))
 
     def forward(self, images):
         maps = self.blocks(self.convs(images))  # B D/2 S/8 S/8
@@ -88,11 +87,9 @@ def torchvision_encoder(name: str) -> nn.Module:
     return net
 
 
-def build_encoder(
-    name: str, size: int | None = None, widths: Sequence[int] = (), hidden: Sequence[int] | None = None
-) -> nn.Module:
+def build_encoder(name: str, size: int | None = None, widths: Sequence[int] = (), blocks: int = 1) -> nn.Module:
     """The encoder of that name, one of `ENCODERS`; `encoder.out_features` is D. For `widths` (empty: the default) and
-    `hidden` of conv see `ConvEncoder`. Raises UsageError if the name is unknown, if the network cannot be used as an
+    `blocks` of conv see `ConvEncoder`. Raises UsageError if the name is unknown, if the network cannot be used as an
     encoder, or if it does not take views of `size` px (None: not checked)."""
     if name not in ENCODERS:
         close = ", ".join(difflib.get_close_matches(name, ENCODERS, 3) or ["resnet18"])
@@ -100,7 +97,7 @@ def build_encoder(
         raise ValueProblem("encoder", name, problem)
     if widths and name != "conv":
         raise ValueProblem("widths", None, f"is of the encoder conv; {name} has widths of its own")
-    encoder = ConvEncoder(widths or WIDTHS, hidden) if name == "conv" else torchvision_encoder(name)
+    encoder = ConvEncoder(widths or WIDTHS, blocks) if name == "conv" else torchvision_encoder(name)
     if size is not None:
         check_size(encoder, name, size)
     return encoder.train()
@@ -124,8 +121,8 @@ def shape_of(state: dict[str, torch.Tensor]) -> dict:
     """The `shape` that `build_encoder` takes, of the weights of a conv encoder; {} for those of other encoders."""
     if "convs.0.0.weight" not in state:
         return {}
-    outputs = lambda pattern: [w.shape[0] for name, w in state.items() if re.fullmatch(pattern, name)]  # noqa: E731
-    return {"widths": outputs(r"convs\.\d+\.0\.weight"), "hidden": outputs(r"blocks\.\d+\.block\.0\.0\.weight")}
+    widths = [weight.shape[0] for name, weight in state.items() if re.fullmatch(r"convs\.\d+\.0\.weight", name)]
+    return {"widths": widths, "blocks": len({name.split(".")[1] for name in state if name.startswith("blocks.")})}
 
 
 def solve(systems: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -44,7 +44,7 @@ class Start:
     data: str  # what it was pretrained on
     state: dict | None = None  # the encoder's weights; None: random ones
     digest: str = ""  # of the file that holds the weights
-    shape: dict = field(default_factory=dict)  # widths and hidden of the encoder conv; {} of others
+    shape: dict = field(default_factory=dict)  # widths and blocks of the encoder conv; {} of others
     ranges: dict = field(default_factory=dict)  # what it saw as black and as white beyond 8 bits
 
     def build(self, seed: int) -> nn.Module:

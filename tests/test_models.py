@@ -92,10 +92,10 @@ def test_a_new_model_is_all_in_training_mode(classes):
     assert all(module.training for module in build_model("conv", "ridge", 32, classes).modules())
 
 
+@pytest.mark.parametrize("block", [ConvBlock, ResBlock])
 @pytest.mark.parametrize(("outputs", "stride"), [(8, 1), (16, 1), (16, 2)])
-def test_shapes_of_blocks(outputs, stride):
-    maps = ConvBlock(8, outputs, stride)(torch.randn(2, 8, 10, 10))
-    assert maps.shape == ResBlock(outputs, 4)(maps).shape == (2, outputs, 10 // stride, 10 // stride)
+def test_blocks_have_one_interface(block, outputs, stride):
+    assert block(8, outputs, stride)(torch.randn(2, 8, 10, 10)).shape == (2, outputs, 10 // stride, 10 // stride)
 
 
 FAMILIES = {  # a network of every family: (side of a view that it takes, the last layer of torchvision's network)

@@ -24,7 +24,7 @@ def pretrained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretext") / "run"
     folder.mkdir()
     torch.manual_seed(7)
-    torch.save(build_encoder("conv", hidden=[256, 256]).state_dict(), folder / "encoder.pt")
+    torch.save(build_encoder("conv", blocks=2).state_dict(), folder / "encoder.pt")
     settings = {"settings": {"encoder": "conv", "size": 8, "data": "photos"}}
     (folder / "settings.json").write_text(json.dumps(settings))
     return folder
