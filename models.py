@@ -1,7 +1,7 @@
 """Encoders, decoders and the network that is trained, `Unmixer(encoder, decoder)`.
 
 An encoder maps B 3 S S to B D and has D in `out_features`. A decoder maps the features of the mixtures (B D), those of
-the views that are asked about (A D) and the candidates (B n, rows of A) to logits (B n), without the activation."""
+the views that are asked about (A D) and the candidates (B n, rows of A; or blocks) to logits (B n), no activation."""
 
 import difflib
 import functools
@@ -177,9 +177,9 @@ def _blocks(n: int, m: int, count: int, device: torch.device) -> tuple[torch.Ten
 
 
 @functools.cache
-def _same_block(numbers: tuple[int, ...], count: int, device: torch.device) -> torch.Tensor:
-    """1 where two of `count` rows stand in the same block of n, else 0: N count count."""
-    blocks = torch.stack([torch.arange(count, device=device) // n for n in numbers])  # N count
+def _same_block(sizes: tuple[int, ...], count: int, device: torch.device) -> torch.Tensor:
+    """For each of N sizes, 1 where two of `count` rows stand in the same block, else 0: N count count."""
+    blocks = torch.stack([torch.arange(count, device=device) // n for n in sizes])  # N count
     return (blocks[:, :, None] == blocks[:, None]).float()
 
 
@@ -188,19 +188,18 @@ class Decoder(nn.Module):
 
     Candidates may also be several (n, m), if A = B. For each, the views stand in blocks of n, and the first m mixtures
     of each whole block are asked about its views: a tuple of logits, M n each. `prepare(mixtures, asked)` does once
-    what all questions share, `answer(*prepared, candidates)` gives the logits of a table of candidates."""
+    what all questions share, `answer(candidates, *prepared)` gives the logits of a table of candidates."""
 
     def forward(self, mixtures, asked, candidates):
         with torch.autocast(mixtures.device.type, enabled=False):
             prepared = self.prepare(mixtures.float(), asked.float())
             answer = self.answer_blocks if isinstance(candidates, tuple) else self.answer
-            return answer(*prepared, candidates)
+            return answer(candidates, *prepared)
 
-    def answer_blocks(self, mixtures, *others):
-        """The logits for blocks, see above."""
-        *others, blocks = others
-        found = [_blocks(n, m, len(mixtures), mixtures.device) for n, m in blocks]
-        return tuple(self.answer(mixtures.index_select(0, rows), *others, candidates) for rows, candidates in found)
+    def answer_blocks(self, blocks, mixtures, *others):
+        """The logits for blocks, see above; the first part of `prepared` is of the mixtures."""
+        places = [_blocks(n, m, len(mixtures), mixtures.device) for n, m in blocks]
+        return tuple(self.answer(candidates, mixtures.index_select(0, rows), *others) for rows, candidates in places)
 
 
 class Scalars(nn.Module):
@@ -227,7 +226,7 @@ class DotDecoder(Decoder):
         """B D, A D -> the dot products, B A."""
         return (mixtures @ asked.T,)
 
-    def answer(self, products, candidates):
+    def answer(self, candidates, products):
         """B A, B n -> B n."""
         return products.gather(1, candidates)
 
@@ -258,7 +257,7 @@ class CosineDecoder(Decoder):
         mixtures, asked = (nn.functional.normalize(z, dim=1) for z in self.project(mixtures, asked))  # B P, A P
         return (mixtures @ asked.T,)
 
-    def answer(self, cosines, candidates):
+    def answer(self, candidates, cosines):
         """The cosines over the temperature: B A, B n -> B n."""
         return self.scalars(candidates.shape[1])[0].exp() * cosines.gather(1, candidates)  # B n
 
@@ -276,7 +275,7 @@ class MLPDecoder(Decoder):
         """B D, A D -> the projections B P, A P."""
         return self.project(mixtures, asked)
 
-    def answer(self, mixtures, asked, candidates):
+    def answer(self, candidates, mixtures, asked):
         """What the MLP says of each pair: B P, A P, B n -> B n."""
         asked = asked.index_select(0, candidates.flatten()).view(*candidates.shape, -1)  # B n P  see RidgeDecoder
         pair = torch.cat([mixtures[:, None] * asked, (mixtures[:, None] - asked).abs()], dim=2)  # B n 2P
@@ -293,7 +292,7 @@ class RidgeDecoder(Decoder):
 
     def __init__(self, features: int):
         super().__init__()
-        self.project = Projection(features, features)
+        self.project = Projection(features, min(features, 512))
         # The logs of the ridge, relative to the squared length of a projection, of the price of a sum other than one,
         # and of the sharpness; the offset.
         self.scalars = Scalars(math.log(0.3), 0.0, math.log(50.0), -1.0)
@@ -304,29 +303,31 @@ class RidgeDecoder(Decoder):
         products = torch.cat([mixtures, asked]) @ asked.T / asked.shape[1]
         return products.split([len(mixtures), len(asked)])
 
-    def answer(self, products, gram, candidates):
+    def answer(self, candidates, products, gram):
         """The logs of the least-squares weights, made positive: B A, A A, B n -> B n. A system for each mixture."""
         A, n = len(gram), candidates.shape[1]
+        if n == A:  # the candidates of every mixture are all views, in some order
+            return self.weigh((n,), products, gram)[0].gather(1, candidates)
         pairs = candidates[:, :, None] * A + candidates[:, None]  # B n n
         gram = gram.flatten().index_select(0, pairs.flatten()).view_as(pairs)  # B n n  the same sums every time
-        return self.weigh(products.gather(1, candidates)[:, None], gram, (n,)).squeeze(1)
+        return self.weigh((n,), products.gather(1, candidates)[:, None], gram).squeeze(1)
 
-    def answer_blocks(self, products, gram, blocks):
-        """The same for several blocks: one system for all mixtures and each n, in which blocks do not meet."""
-        logits = self.weigh(products, gram, tuple(n for n, _ in blocks))
-        count, found = len(products), []
+    def answer_blocks(self, blocks, products, gram):
+        """The same for blocks: a system for each n, the same for all mixtures, in which blocks do not meet."""
+        logits, count = self.weigh(tuple(n for n, _ in blocks), products, gram), len(products)
+        found = []
         for (n, m), one in zip(blocks, logits, strict=True):
             rows, candidates = _blocks(n, m, count, one.device)
             found.append(one if m == count else one.index_select(0, rows).gather(1, candidates))
         return tuple(found)
 
-    def weigh(self, products, gram, numbers):
-        """Least squares in blocks of each of N numbers: B A, A A -> N B A; or for N = 1 B 1 n, B n n -> B 1 n."""
-        scalars = self.scalars(*numbers).T[:, :, None, None]
+    def weigh(self, sizes, products, gram):
+        """Least squares in blocks of each of N sizes: B A, A A -> N B A; or for N = 1 B 1 n, B n n -> B 1 n."""
+        scalars = self.scalars(*sizes).T[:, :, None, None]
         (ridge, price, sharpness), offset = scalars[:3].exp(), scalars[3]  # N 1 1 each
         products, gram = products + price, gram + price  # as if projections had one more direction, the same for all
         m, device = gram.shape[-1], gram.device
-        systems = gram * _same_block(numbers, m, device) + (ridge + LEAST_RIDGE) * _eye(m, device)  # N m m
+        systems = gram * _same_block(sizes, m, device) + (ridge + LEAST_RIDGE) * _eye(m, device)  # N m m
         x = sharpness * solve(systems, products.mT).mT + offset
         # The log of softplus(x), which is x itself where x is very negative: so no weight is ever out of reach.
         return torch.where(x > -15, nn.functional.softplus(x.clamp(min=-15)).log(), x)
@@ -344,7 +345,7 @@ def build_decoder(name: str, features: int) -> nn.Module:
 
 class Unmixer(nn.Module):
     """The network that is trained: how much of each candidate is in each mixture? mixtures B 3 S S, asked A 3 S S,
-    candidates B n int64 (rows of asked) -> logits B n, without the activation"""
+    candidates B n int64 (rows of asked) -> logits B n, without the activation. Or blocks, see `Decoder`."""
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module):
         super().__init__()

@@ -26,7 +26,7 @@ from harness.errors import UsageError, ValueProblem
 ACTIVATIONS = ("softmax", "sigmoid")
 LOSSES = ("kl", "mse")
 SMALLEST_WEIGHT = 1e-3
-FEW = (2, 8, 32)  # how many candidates the extra question about a few may have
+FEW = (2, 8, 32)  # candidates of the second question, about a few: the sizes of its blocks
 
 
 class Question(NamedTuple):
@@ -34,8 +34,8 @@ class Question(NamedTuple):
 
     mixtures: torch.Tensor  # B 3 S S
     asked: torch.Tensor  # A 3 S S  the views that candidates refer to
-    candidates: torch.Tensor | tuple  # B n int64  rows of asked, all different; or several (n, m): see Decoder
-    weights: torch.Tensor | tuple  # B n  the answer, each row sums to one; or several, of those that are asked about
+    candidates: torch.Tensor | tuple  # B n int64  rows of asked, all different; or (n, m) of blocks, see Decoder
+    weights: torch.Tensor | tuple  # B n  the answer, each row sums to one; or a tuple, M n for each (n, m)
 
     @property
     def inputs(self) -> tuple[torch.Tensor, ...]:
@@ -93,7 +93,7 @@ class WeightTask(Task):
         return weights.log() if self.activation == "softmax" else weights.logit()
 
     def score(self, logits: torch.Tensor | tuple, question: Question) -> dict[str, torch.Tensor]:
-        """Logits B n, or several as the question has weights -> means over the mixtures: loss, 0 when perfect;
+        """Logits B n, or a tuple, one for each of the weights -> means over the mixtures: loss, 0 when perfect;
         source_accuracy and weight_mae, in [0, 1]. Losses of several are added; the others are of the last."""
         several = isinstance(logits, tuple)
         tables = list(zip(logits, question.weights, strict=True)) if several else [(logits, question.weights)]
@@ -125,7 +125,8 @@ class MixupTransform(WeightTask):
                 mixtures, one with every image of the batch as candidates, one with a few, so that the answers fit any
                 number of them. Sources then stand one after another in the batch, which the loader shuffles.
     few         "batch": how many candidates the second question may have, one is drawn for each batch: the batch stands
-                in blocks of as many, and a mixture with all sources in one is asked about it. (): no second question
+                in blocks of as many, and a mixture whose sources are all in one block is asked about that block, so
+                with many sources few are. (): no second question
     sources     k >= 1 images in a mixture, the first the example itself; k = 1: the mixture is one of the candidates
     dist        the mixing distribution, any torch.distributions object with values in [0, 1]; None: uniform.
                 k = 2: weights w and 1 - w, w from dist; k > 2: stick-breaking, each source takes a share from dist of
@@ -151,8 +152,8 @@ class MixupTransform(WeightTask):
         self.dist = dist if dist is not None else Uniform(0.0, 1.0)
 
     def draw(self, images: torch.Tensor, rng: torch.Generator) -> list[torch.Tensor]:
-        """Sources B k, weights B k, the answer, views; and if they are a number, candidates B n. Raises UsageError if
-        the batch is too small."""
+        """Sources B k, weights B k, the answer, views; and unless the whole batch is asked about, candidates B n. The
+        answer is B n, of blocks M n. Raises UsageError if the batch is too small."""
         B, k, n = len(images), self.sources, self.candidates
         batch = n == "batch"
         if batch:  # the second question has n candidates

@@ -7,7 +7,8 @@
     torchrun --nproc_per_node=8 train_pretext.py …              on several devices
     tensorboard --logdir runs                                   watch it
 
-The run's folder gets settings.json, history.csv, summary.json, validation.png, checkpoint.pt, encoder.pt, curves."""
+The run's folder gets settings.json, history.csv, summary.json, validation.png, checkpoint.pt, encoder.pt and what
+TensorBoard shows."""
 
 import argparse
 import contextlib
@@ -328,8 +329,8 @@ class Answers:
         """Look at the answers to a question: logits B n."""
         predicted = self.task.predict(logits)
         if not self.first:
-            views, asked = to_pixels(question.mixtures), to_pixels(question.asked)[question.candidates]
-            self.first = [part[:EXAMPLES] for part in (views, asked, question.weights, predicted)]
+            mixtures, candidates, weights = (part[:EXAMPLES] for part in (*question.inputs[::2], question.weights))
+            self.first = to_pixels(mixtures), to_pixels(question.asked)[candidates], weights, predicted[:EXAMPLES]
         self.weights.append(torch.stack([question.weights.flatten(), predicted.flatten()]))
 
 

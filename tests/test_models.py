@@ -188,6 +188,8 @@ def test_no_weight_of_the_ridge_decoder_is_out_of_reach():
 def test_blocks_are_answered_from_one_encoding_and_like_tables(name):
     torch.manual_seed(0)
     model = warmed_up(build_model("conv", name, 32))
+    for number in (p for n, p in model.named_parameters() if ".slope" in n or ".curve" in n):
+        number.data.fill_(0.1)
     mixtures, asked, _ = question()
     encoded = []
     model.encoder.register_forward_hook(lambda module, inputs, output: encoded.append(len(output)))
@@ -200,12 +202,24 @@ def test_blocks_are_answered_from_one_encoding_and_like_tables(name):
         assert found.shape == expected.shape and torch.allclose(found, expected, atol=1e-4)
 
 
+def test_all_views_as_candidates_are_one_system(monkeypatch):
+    """In any order: so that many candidates cost little memory and time."""
+    torch.manual_seed(0)
+    decoder, solved = build_decoder("ridge", 8), []
+    mixtures, asked = torch.randn(2, 6, 8)
+    table = torch.stack([torch.randperm(6) for _ in range(6)])
+    expected = decoder(mixtures, asked, ((6, 6),))[0].gather(1, table)
+    solve = models.solve
+    monkeypatch.setattr(models, "solve", lambda systems, right: solved.append(len(systems)) or solve(systems, right))
+    assert torch.allclose(decoder(mixtures, asked, table), expected, atol=1e-5) and solved == [1]
+
+
 def test_scalars_follow_the_number_of_candidates():
     scalars = models.Scalars(1.0, 10.0)
     scalars.slope.data, scalars.curve.data = torch.tensor([2.0, 20.0]), torch.tensor([3.0, 30.0])
     for n in (2, 8, 64, 100):
         value = 1 + 2 * math.log(n / 64) + 3 * math.log(n / 64) ** 2
-        assert torch.allclose(scalars(n, 64)[0], torch.tensor([value, 10 * value]))
+        assert torch.allclose(scalars(n, 64), torch.tensor([[value, 10 * value], [1.0, 10.0]]))
 
 
 @pytest.mark.parametrize("part", ["slope", "curve"])

@@ -90,6 +90,11 @@ def test_a_question_depends_on_the_seed_alone_and_leaves_the_global_state(batch)
     assert not torch.equal(one.weights, other.weights) and not torch.equal(one.mixtures, other.mixtures)
 
 
+def test_the_whole_batch_mixes_an_image_with_the_next_ones(batch):
+    sources = ask(batch, "batch", 3).weights > 0
+    assert all(sources[i, [(i + j) % 24 for j in range(3)]].all() for i in range(24))
+
+
 def test_partners_change_from_step_to_step(batch):
     questions = [ask(batch, 8, seed=s) for s in range(30)]
     partners = {tuple(q.candidates[0][q.weights[0] > 0].sort().values.tolist()) for q in questions}
@@ -171,7 +176,8 @@ def test_the_validation_question_is_fixed(batch):
 def test_the_seen_view_is_the_first_drawn(batch):
     """Two views of an image are independent draws: the asked one isn't the seen one again."""
     rng = generator(0)
-    torch.randint(1, (), generator=rng), sample(Uniform(0, 1), (1, len(batch)), rng)
+    torch.randint(1, (), generator=rng)  # as `draw` does before the views
+    sample(Uniform(0, 1), (1, len(batch)), rng)
     seen, asked = augment(batch, 32, rng), augment(batch, 32, rng)
     q = ask(batch, "batch")
     assert torch.equal(q.asked, asked) and (seen - asked).abs().mean() > 0.1
@@ -272,7 +278,7 @@ def test_blocks_are_asked_about_beside_the_whole_batch(batch):
     assert seen == {(3, 1, 8), (5, 3, 12), (8, 6, 18)}  # 32 are more than the batch has
 
 
-def test_the_losses_of_both_tables_are_added(batch):
+def test_the_losses_of_both_questions_are_added(batch):
     task = MixupTransform(few=(5,))
     q = task(batch, generator(0))
     logits = torch.randn(24, 24), torch.randn(16, 5)

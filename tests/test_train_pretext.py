@@ -12,8 +12,10 @@ import torch
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from augment import to_pixels
 from harness import command
 from models import ConvEncoder
+from tasks import MixupTransform
 
 FIGURES = {"curves/loss": "loss", "curves/sources named right": "source_accuracy", "curves/weight error": "weight_mae"}
 QUICK = ("--epochs", 2, "--size", 8, "--batch-size", 256)
@@ -165,6 +167,24 @@ def test_every_option_trains(pretext, options):
     end, folder = pretext(*options)
     assert end.status == 0, end.err
     assert 0 <= read(folder)["val_source_accuracy"] <= 1
+
+
+def test_the_first_answers_are_kept_for_the_picture(batch):
+    import train_pretext
+
+    task = MixupTransform(3)
+    answers = train_pretext.Answers(task)
+    asked = [task(batch, torch.Generator().manual_seed(seed)) for seed in range(2)]
+    logits = torch.randn(24, 3)
+    for question in asked:
+        answers(question, logits)
+    mixtures, candidates, weights, predicted = answers.first
+    assert len(mixtures) == len(candidates) == train_pretext.EXAMPLES and candidates.shape[1] == 3
+    q = asked[0]
+    assert torch.equal(mixtures, to_pixels(q.mixtures[:8])) and torch.equal(weights, q.weights[:8])
+    assert torch.equal(candidates[5, 1], to_pixels(q.asked)[q.candidates[5, 1]])
+    assert torch.equal(predicted, logits[:8].softmax(dim=1))
+    assert torch.cat(answers.weights, dim=1).shape == (2, 2 * 24 * 3)
 
 
 def test_a_folder_of_ones_own(script, folder):

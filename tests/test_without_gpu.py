@@ -61,8 +61,8 @@ def kernels(gpu):
 
 CASES = {  # task, decoder, encoder
     "the default": (MixupTransform(size=SIZE), "ridge", "conv"),
-    "one table": (MixupTransform(size=SIZE, few=()), "ridge", "conv"),
-    "few candidates": (MixupTransform(5, size=SIZE), "ridge", "conv"),
+    "one question": (MixupTransform(size=SIZE, few=()), "ridge", "conv"),
+    "five candidates": (MixupTransform(5, size=SIZE), "ridge", "conv"),
     "cosine": (MixupTransform(size=SIZE), "cosine", "conv"),
     "mlp, three sources": (MixupTransform(5, 3, torch.distributions.Beta(0.4, 0.4), size=SIZE), "mlp", "conv"),
     "dot, no views": (MixupTransform(3, size=SIZE, views=False, loss="mse"), "dot", "conv"),
