@@ -171,7 +171,7 @@ def _eye(n: int, device: torch.device) -> torch.Tensor:
 
 @functools.cache
 def _blocks(n: int, m: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of `count` rows in blocks of n the first m of every whole block, M int64, and all rows of theirs, M n."""
+    """Of `count` rows in blocks of n the first m of each whole block, M int64, and for each its block's rows, M n."""
     blocks = torch.arange(count - count % n, device=device).view(-1, 1, n)
     return blocks[:, 0, :m].flatten(), blocks.expand(-1, m, n).flatten(0, 1)
 
