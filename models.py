@@ -128,10 +128,12 @@ def shape_of(state: dict[str, torch.Tensor]) -> dict:
 def solve(systems: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """The solutions of linear systems that are symmetric and positive definite: G n n, G n m -> G n m. On a GPU without
     a wait, and in operations that a CUDA graph can record, which those of its libraries for many small systems are not.
-    Apple's GPUs have no solver in many releases of torch: there the CPU solves."""
+    Apple's GPUs have no solver in many releases of torch: there the CPU solves, one by one, since after set_num_threads
+    its solver for several gives wrong answers from 256 rows on (torch 2.14)."""
     if right.device.type == "cuda":
         return _Solve.apply(systems, right)
-    return torch.linalg.solve_ex(systems.cpu(), right.cpu())[0].to(right.device)
+    parts = zip(systems.cpu(), right.cpu(), strict=True)
+    return torch.stack([torch.linalg.solve_ex(*part)[0] for part in parts]).to(right.device)
 
 
 class _Solve(torch.autograd.Function):
@@ -164,9 +166,7 @@ def invert(systems: torch.Tensor) -> torch.Tensor:
     return lower.mT @ (lower / upper.diagonal(dim1=1, dim2=2)[:, :, None])
 
 
-@functools.cache  # what stands here once costs no kernel in a step
-def _eye(n: int, device: torch.device) -> torch.Tensor:
-    return torch.eye(n, device=device)
+_eye = functools.cache(lambda n, device: torch.eye(n, device=device))  # once: so it costs no kernel in a step
 
 
 @functools.cache

@@ -279,6 +279,19 @@ def test_systems_are_solved_on_a_gpu_as_on_a_cpu(shape):
         assert (one - other).norm() < 1e-4 * other.norm()
 
 
+def test_large_systems_are_solved_right_with_several_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        torch.manual_seed(0)
+        rows = torch.randn(256, 64)
+        systems = torch.stack([rows @ rows.T / 64, torch.zeros(256, 256)]) + 0.3 * torch.eye(256)
+        right = torch.randn(2, 256, 256)
+        assert torch.allclose(systems @ models.solve(systems, right), right, atol=1e-3)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_candidates_that_are_equal_share_the_weight():
     """Without any ridge the system would have no single solution."""
     torch.manual_seed(0)
