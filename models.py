@@ -314,9 +314,8 @@ class RidgeDecoder(Decoder):
 
     def answer_blocks(self, blocks, products, gram):
         """The same for blocks: a system for each n, the same for all mixtures, in which blocks do not meet."""
-        logits, count = self.weigh(tuple(n for n, _ in blocks), products, gram), len(products)
-        found = []
-        for (n, m), one in zip(blocks, logits, strict=True):
+        count, found = len(products), []
+        for (n, m), one in zip(blocks, self.weigh(tuple(n for n, _ in blocks), products, gram), strict=True):
             rows, candidates = _blocks(n, m, count, one.device)
             found.append(one if m == count else one.index_select(0, rows).gather(1, candidates))
         return tuple(found)

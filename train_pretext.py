@@ -329,8 +329,9 @@ class Answers:
         """Look at the answers to a question: logits B n."""
         predicted = self.task.predict(logits)
         if not self.first:
-            mixtures, candidates, weights = (part[:EXAMPLES] for part in (*question.inputs[::2], question.weights))
-            self.first = to_pixels(mixtures), to_pixels(question.asked)[candidates], weights, predicted[:EXAMPLES]
+            mixtures, asked = to_pixels(question.mixtures[:EXAMPLES]), to_pixels(question.asked)
+            candidates, weights = asked[question.candidates[:EXAMPLES]], question.weights[:EXAMPLES]
+            self.first = mixtures, candidates, weights, predicted[:EXAMPLES]
         self.weights.append(torch.stack([question.weights.flatten(), predicted.flatten()]))
 
 
