@@ -128,8 +128,8 @@ def shape_of(state: dict[str, torch.Tensor]) -> dict:
 def solve(systems: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """The solutions of linear systems that are symmetric and positive definite: G n n, G n m -> G n m. On a GPU without
     a wait, and in operations that a CUDA graph can record, which those of its libraries for many small systems are not.
-    Apple's GPUs have no solver in many releases of torch: there the CPU solves, one by one, since after set_num_threads
-    its solver for several gives wrong answers from 256 rows on (torch 2.14)."""
+    On CPUs one by one: after set_num_threads, torch 2.14 solves several at once wrongly from 256 rows on. Apple's GPUs
+    have no solver in many releases of torch, so the CPU solves for them."""
     if right.device.type == "cuda":
         return _Solve.apply(systems, right)
     parts = zip(systems.cpu(), right.cpu(), strict=True)
