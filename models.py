@@ -18,7 +18,7 @@ from harness.errors import UsageError, ValueProblem
 from harness.ranks import encode
 
 LEAST_RIDGE = 1e-5  # so that a system has one solution, whatever is learned
-WIDTHS = (32, 64, 128, 256)  # channels of the encoder conv
+WIDTHS = (16, 64, 128, 256)  # channels of the encoder conv
 USUAL_SIZE = 224  # px; the views that torchvision's networks are made for
 ENCODERS = ["conv", *torchvision.models.list_models(module=torchvision.models)]  # its classification networks
 OTHER_HEAD = "has another kind of head than one Linear layer"
@@ -33,35 +33,38 @@ class ConvBlock(nn.Sequential):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions beside a shortcut (He et al. 2016, figure 5 left): B in H W -> B out H/stride W/stride."""
+    """Two convolutions beside a shortcut (He et al. 2016, figure 5 left), half of the channels between them:
+    B C H W -> B C H W."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int = 1):
+    def __init__(self, channels: int):
         super().__init__()
-        first, conv = ConvBlock(inputs, outputs, stride), nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.block = nn.Sequential(first, conv, nn.BatchNorm2d(outputs))
-        same = inputs == outputs and stride == 1
-        self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+        half = max(1, channels // 2)
+        conv = nn.Conv2d(half, channels, 3, padding=1, bias=False)
+        self.block = nn.Sequential(ConvBlock(channels, half), conv, nn.BatchNorm2d(channels))
 
     def forward(self, x):
-        return torch.relu(self.block(x) + self.shortcut(x))
+        return torch.relu(self.block(x) + x)
 
 
 class ConvEncoder(nn.Module):
-    """Convolutions that widen as they halve the picture, residual blocks, then mean and maximum: B 3 S S -> B D.
+    """Convolutions that widen as they halve the picture, and a residual block at the end: B 3 S S -> B D.
 
-    widths  channels of each convolution; D is twice the last
-    blocks  residual blocks; encoders of earlier versions have two"""
+    The features are the means of all maps but the first, and the maxima of the last two: before and after the block.
 
-    def __init__(self, widths: Sequence[int] = WIDTHS, blocks: int = 1):
+    widths  channels of each convolution"""
+
+    def __init__(self, widths: Sequence[int] = WIDTHS):
         super().__init__()
-        self.out_features = 2 * widths[-1]
+        self.out_features = sum(widths[1:]) + 3 * widths[-1]
         halving = (ConvBlock(i, o, stride=2) for i, o in zip(widths, widths[1:], strict=False))
-        self.convs = nn.Sequential(ConvBlock(3, widths[0]), *halving)
-        self.blocks = nn.Sequential(*(ResBlock(widths[-1], widths[-1]) for _ in range(blocks)))
+        self.stages = nn.ModuleList([ConvBlock(3, widths[0]), *halving, ResBlock(widths[-1])])
 
     def forward(self, images):
-        maps = self.blocks(self.convs(images))  # B D/2 S/8 S/8
-        return torch.cat([maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))], dim=1)  # B D
+        maps = [images]
+        for stage in self.stages:
+            maps.append(stage(maps[-1]))  # B C S S, then S/2, S/4, ...
+        means = [each.mean(dim=(2, 3)) for each in maps[2:]]
+        return torch.cat(means + [each.amax(dim=(2, 3)) for each in maps[-2:]], dim=1)  # B D
 
 
 def torchvision_encoder(name: str) -> nn.Module:
@@ -87,17 +90,17 @@ def torchvision_encoder(name: str) -> nn.Module:
     return net
 
 
-def build_encoder(name: str, size: int | None = None, widths: Sequence[int] = (), blocks: int = 1) -> nn.Module:
-    """The encoder of that name, one of `ENCODERS`; `encoder.out_features` is D. For `widths` (empty: the default) and
-    `blocks` of conv see `ConvEncoder`. Raises UsageError if the name is unknown, if the network cannot be used as an
-    encoder, or if it does not take views of `size` px (None: not checked)."""
+def build_encoder(name: str, size: int | None = None, widths: Sequence[int] = ()) -> nn.Module:
+    """The encoder of that name, one of `ENCODERS`, with D in `out_features`; `widths` are of conv, if not the default.
+    Raises UsageError if the name is unknown, if the network cannot be used as an encoder, or if it does not take views
+    of `size` px (None: not checked)."""
     if name not in ENCODERS:
         close = ", ".join(difflib.get_close_matches(name, ENCODERS, 3) or ["resnet18"])
         problem = f"is unknown: use conv, or a classification network of torchvision, such as {close}"
         raise ValueProblem("encoder", name, problem)
     if widths and name != "conv":
         raise ValueProblem("widths", None, f"is of the encoder conv; {name} has widths of its own")
-    encoder = ConvEncoder(widths or WIDTHS, blocks) if name == "conv" else torchvision_encoder(name)
+    encoder = ConvEncoder(widths or WIDTHS) if name == "conv" else torchvision_encoder(name)
     if size is not None:
         check_size(encoder, name, size)
     return encoder.train()
@@ -117,12 +120,10 @@ def check_size(encoder: nn.Module, name: str, size: int) -> None:
         raise ValueProblem("encoder", name, f"{OTHER_HEAD}; use another network")
 
 
-def shape_of(state: dict[str, torch.Tensor]) -> dict:
-    """The `shape` that `build_encoder` takes, of the weights of a conv encoder; {} for those of other encoders."""
-    if "convs.0.0.weight" not in state:
-        return {}
-    widths = [weight.shape[0] for name, weight in state.items() if re.fullmatch(r"convs\.\d+\.0\.weight", name)]
-    return {"widths": widths, "blocks": len({name.split(".")[1] for name in state if name.startswith("blocks.")})}
+def widths_of(state: object) -> list[int]:
+    """The `widths` that `build_encoder` takes, of the weights of a conv encoder; [] for anything else."""
+    tensors = state.items() if isinstance(state, dict) else ()
+    return [len(weight) for name, weight in tensors if re.fullmatch(r"stages\.\d+\.0\.weight", str(name))]
 
 
 def solve(systems: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

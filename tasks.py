@@ -26,7 +26,8 @@ from harness.errors import UsageError, ValueProblem
 ACTIVATIONS = ("softmax", "sigmoid")
 LOSSES = ("kl", "mse")
 SMALLEST_WEIGHT = 1e-3
-FEW = (2, 8, 32)  # candidates of the second question, about a few: the sizes of its blocks
+SHARES = Uniform(0.1, 0.9)  # a source's weight: below, it can hardly be seen in a mixture
+FEW = (2, 3, 8, 32)  # candidates of the second question, about a few: the sizes of its blocks
 
 
 class Question(NamedTuple):
@@ -128,7 +129,7 @@ class MixupTransform(WeightTask):
                 in blocks of as many, and a mixture whose sources are all in one block is asked about that block, so
                 with many sources few are. (): no second question
     sources     k >= 1 images in a mixture, the first the example itself; k = 1: the mixture is one of the candidates
-    dist        the mixing distribution, any torch.distributions object with values in [0, 1]; None: uniform.
+    dist        the mixing distribution, any torch.distributions object with values in [0, 1]; uniform from 0.1 to 0.9.
                 k = 2: weights w and 1 - w, w from dist; k > 2: stick-breaking, each source takes a share from dist of
                 what the ones before it left, the last takes the rest. Shares stay within [1e-3, 1 - 1e-3].
                 Mixing two images with a Beta weight: mixup (Zhang et al. 2018, section 2).
@@ -137,7 +138,7 @@ class MixupTransform(WeightTask):
     With "batch", softmax and kl it is asked the other way round, too: which share of this image is in each mixture?"""
 
     def __init__(
-        self, candidates: int | str = "batch", sources: int = 2, dist: Distribution | None = None, views: bool = True,
+        self, candidates: int | str = "batch", sources: int = 2, dist: Distribution = SHARES, views: bool = True,
         size: int = 32, activation: str = "softmax", loss: str = "kl", few: tuple[int, ...] = FEW,
     ):  # fmt: skip
         super().__init__(size, activation, loss)
@@ -148,8 +149,7 @@ class MixupTransform(WeightTask):
             problem = f"the {sources} sources are among them, so use {least} or more"
             raise UsageError(f"candidates is {candidates}: {problem}")
         self.symmetric = (candidates, activation, loss) == ("batch", "softmax", "kl")
-        self.candidates, self.sources, self.views, self.few = candidates, sources, views, few
-        self.dist = dist if dist is not None else Uniform(0.0, 1.0)
+        self.candidates, self.sources, self.views, self.dist, self.few = candidates, sources, views, dist, few
 
     def draw(self, images: torch.Tensor, rng: torch.Generator) -> list[torch.Tensor]:
         """Sources B k, weights B k, the answer, views; and unless the whole batch is asked about, candidates B n. The
@@ -197,15 +197,15 @@ class MixupTransform(WeightTask):
 
     def validation(self, candidates: int = 3) -> "MixupTransform":
         """The fixed question: two sources (one if `sources` is 1), weights from 0.1 to 0.9; runs have 3 candidates."""
-        shares, sources = Uniform(0.1, 0.9), min(2, self.sources)
-        return MixupTransform(candidates, sources, shares, self.views, self.size, self.activation, self.loss)
+        chosen = {"views": self.views, "size": self.size, "activation": self.activation, "loss": self.loss}
+        return MixupTransform(candidates, min(2, self.sources), **chosen)
 
 
 class Duplicate(MixupTransform):
     """Mixtures of one image: which candidate is it?"""
 
     def __init__(self, candidates="batch", views=True, size=32, activation="softmax", loss="kl"):
-        super().__init__(candidates, 1, None, views, size, activation, loss)
+        super().__init__(candidates, 1, views=views, size=size, activation=activation, loss=loss)
 
 
 class Scale(WeightTask):

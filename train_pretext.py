@@ -79,7 +79,7 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     add("--loss", choices=LOSSES, default="kl", help="cross-entropy less the truth's own entropy, or squared error")
     add = parser.add_argument_group("network").add_argument
     add("--encoder", default="conv", help="what is kept: conv, or a classification network of torchvision by name")
-    add("--widths", type=integer(1), nargs="+", help="channels of conv's convolutions (default: 32 64 128 256)")
+    add("--widths", type=integer(1), nargs="+", help="channels of conv's convolutions (default: 16 64 128 256)")
     add("--decoder", choices=DECODERS, default="ridge", help="what compares mixture and candidates")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=integer(1), default=50, help="passes over the images")

@@ -20,7 +20,7 @@ from data import EpochOrder, ImageDataset, Images, get_dataloaders, list_data, o
 from engine import BLOCK, VALIDATION_SEED, Trainer, encode_images, warm_up_norms
 from harness import checkpoint
 from harness.errors import UsageError, ValueProblem
-from models import Classifier, build_encoder, shape_of
+from models import Classifier, build_encoder, widths_of
 from tasks import Classify
 
 NEIGHBOURS = 20
@@ -44,13 +44,13 @@ class Start:
     data: str  # what it was pretrained on
     state: dict | None = None  # the encoder's weights; None: random ones
     digest: str = ""  # of the file that holds the weights
-    shape: dict = field(default_factory=dict)  # widths and blocks of the encoder conv; {} of others
+    widths: list[int] = field(default_factory=list)  # of the encoder conv; [] of others
     ranges: dict = field(default_factory=dict)  # what it saw as black and as white beyond 8 bits
 
     def build(self, seed: int) -> nn.Module:
         """The encoder, with `out_features`; from scratch its weights depend on the seed."""
         torch.manual_seed(seed)
-        encoder = build_encoder(self.encoder, **self.shape)
+        encoder = build_encoder(self.encoder, widths=self.widths)
         if self.state is not None:
             encoder.load_state_dict(self.state)
         return encoder
@@ -70,9 +70,8 @@ def open_start(word: str) -> Start:
         problem = f"does not say how {file.name} was trained ({type(error).__name__}: {error})"
         raise UsageError(f"{settings_file} {problem}; keep the two files of a run together") from error
     start.state, start.digest = checkpoint.load(file), hashlib.sha256(file.read_bytes()).hexdigest()
-    start.shape = shape_of(start.state) if start.encoder == "conv" else {}
-    start.ranges = settings.get("ranges", {})
-    encoder = build_encoder(start.encoder, **start.shape)
+    start.widths, start.ranges = widths_of(start.state) if start.encoder == "conv" else [], settings.get("ranges", {})
+    encoder = build_encoder(start.encoder, widths=start.widths)
     checkpoint.load_weights(encoder, start.state, f"{file}, an encoder {start.encoder!r} by its settings,")
     return start
 
@@ -85,8 +84,8 @@ def open_starts(args: argparse.Namespace) -> list[Start]:
         problem = f"--data {first.data}: no such folder; give a folder of images, or `photos`"
         raise UsageError(f"the images that {first.name} learnt from are not there: {problem}")
     args.data, args.encoder, args.size = args.data or first.data, args.encoder or first.encoder, args.size or first.size
-    shape = first.shape if args.encoder == first.encoder else {}
-    scratch = Start("scratch", args.encoder, args.size, args.data, shape=shape, ranges=first.ranges)
+    widths = first.widths if args.encoder == first.encoder else []
+    scratch = Start("scratch", args.encoder, args.size, args.data, widths=widths, ranges=first.ranges)
     starts = [pretrained.get(word, scratch) for word in dict.fromkeys(args.starts)]
     for encoder in {start.encoder for start in starts}:
         build_encoder(encoder, size=args.size)  # a wrong size is refused before anything is decoded

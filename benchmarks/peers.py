@@ -141,7 +141,7 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     add("--grow", action=argparse.BooleanOptionalAction, help=grow)
     add = parser.add_argument_group("network").add_argument
     add("--encoder", default="conv", help="what is kept: conv, or a classification network of torchvision by name")
-    add("--widths", type=command.integer(1), nargs="+", help="channels of conv's convolutions (default: 32 64 128 256)")
+    add("--widths", type=command.integer(1), nargs="+", help="channels of conv's convolutions (default: 16 64 128 256)")
     add("--width", type=command.integer(1), default=512, help="width of the head's hidden layer")
     add("--temperature", type=command.positive, help="of the loss (default: simclr 0.2, swav 0.1)")
     add("--momentum", type=command.share, default=0.99, help="byol: of the slow copy")

@@ -121,12 +121,12 @@ def test_divergence_harms_no_weight_and_is_traced(loaders, where):
         if t.taken >= 2 and output.requires_grad:
             output.register_hook(lambda gradient: gradient * float("nan"))
 
-    t.model.encoder.convs[1].register_forward_hook(poison)
+    t.model.encoder.stages[1].register_forward_hook(poison)
     message = (
         r"step 3 of epoch 1, .*"
         + {
-            "output": r"the output of encoder\.convs\.1",
-            "gradient": r"the gradient of encoder\.convs\.1",
+            "output": r"the output of encoder\.stages\.1",
+            "gradient": r"the gradient of encoder\.stages\.1",
         }[where]
     )
     with pytest.raises(RunError, match=message):

@@ -115,13 +115,13 @@ def test_a_disk_that_fills_up_during_the_run(script, cache, short_run, small_dis
 def test_an_encoder_of_another_shape(script, tmp_path, cache):
     (tmp_path / "start").mkdir()
     state = ConvEncoder().state_dict()
-    state["convs.1.0.weight"] = state["convs.1.0.weight"][:3]
+    state["stages.1.0.weight"] = state["stages.1.0.weight"][:3]
     checkpoint.save(state, tmp_path / "start" / "encoder.pt")
     settings = {"settings": {"encoder": "conv", "size": 16, "data": "photos"}}
     (tmp_path / "start" / "settings.json").write_text(json.dumps(settings))
     end = script("train_transfer.py", tmp_path / "start", "--data-dir", cache, "--out", "out")
     assert end.status == 2 and end.err.count("\n") == 1
-    assert "of another shape: convs.1.1.weight 64 for 3" in end.err
+    assert "of another shape: stages.1.1.weight 64 for 3" in end.err
 
 
 @pytest.mark.slow

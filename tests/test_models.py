@@ -16,6 +16,7 @@ from models import (
     build_encoder,
     build_model,
     torchvision_encoder,
+    widths_of,
 )
 
 
@@ -92,10 +93,10 @@ def test_a_new_model_is_all_in_training_mode(classes):
     assert all(module.training for module in build_model("conv", "ridge", 32, classes).modules())
 
 
-@pytest.mark.parametrize("block", [ConvBlock, ResBlock])
 @pytest.mark.parametrize(("outputs", "stride"), [(8, 1), (16, 1), (16, 2)])
-def test_blocks_have_one_interface(block, outputs, stride):
-    assert block(8, outputs, stride)(torch.randn(2, 8, 10, 10)).shape == (2, outputs, 10 // stride, 10 // stride)
+def test_shapes_of_blocks(outputs, stride):
+    maps = ConvBlock(8, outputs, stride)(torch.randn(2, 8, 10, 10))
+    assert maps.shape == ResBlock(outputs)(maps).shape == (2, outputs, 10 // stride, 10 // stride)
 
 
 FAMILIES = {  # a network of every family: (side of a view that it takes, the last layer of torchvision's network)
@@ -162,9 +163,12 @@ def test_a_torchvision_encoder_without_dropout_answers_the_same_in_training():
     assert torch.equal(encoder(images), encoder(images))
 
 
+@pytest.mark.parametrize(("widths", "features"), [((16, 64, 128, 256), 1216), ((4, 1), 4), ((4,), 12)])
 @pytest.mark.parametrize("size", [8, 20, 33, 64])
-def test_conv_encoder_takes_any_size(size):
-    assert ConvEncoder().eval()(torch.randn(2, 3, size, size)).shape == (2, ConvEncoder().out_features)
+def test_conv_encoder_takes_any_size_and_widths(widths, features, size):
+    encoder = ConvEncoder(widths).eval()
+    assert encoder(torch.randn(2, 3, size, size)).shape == (2, features) == (2, encoder.out_features)
+    assert widths_of(encoder.state_dict()) == list(widths)
 
 
 def test_unknown_decoders():

@@ -232,11 +232,11 @@ def test_other_data(script, folder):
 
 def test_another_network(script, stopped):
     state = torch.load(stopped / "checkpoint.pt", weights_only=True)
-    state["model"]["encoder.extra"] = state["model"].pop("encoder.convs.0.0.weight")
+    state["model"]["encoder.extra"] = state["model"].pop("encoder.stages.0.0.weight")
     checkpoint.save(state, stopped / "checkpoint.pt")
     end = script("train_pretext.py", "--resume", stopped)
     assert end.status == 2 and end.err.count("\n") == 1
-    assert "missing: encoder.convs.0.0.weight; unknown: encoder.extra" in end.err
+    assert "missing: encoder.stages.0.0.weight; unknown: encoder.extra" in end.err
 
 
 def test_a_run_of_an_older_version_is_refused_with_its_commit(script, stopped):

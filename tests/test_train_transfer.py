@@ -24,7 +24,7 @@ def pretrained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretext") / "run"
     folder.mkdir()
     torch.manual_seed(7)
-    torch.save(build_encoder("conv", blocks=2).state_dict(), folder / "encoder.pt")
+    torch.save(build_encoder("conv").state_dict(), folder / "encoder.pt")
     settings = {"settings": {"encoder": "conv", "size": 8, "data": "photos"}}
     (folder / "settings.json").write_text(json.dumps(settings))
     return folder
@@ -98,7 +98,7 @@ def test_other_widths_are_read_from_the_weights(script, cache):
     narrow = ("--widths", 4, 8, "--size", 8, "--batch-size", 512, "--data-dir", cache)
     end = script("train_pretext.py", *narrow, "--epochs", 1, "--out", "run")
     assert end.status == 0, end.err
-    assert torch.load("run/encoder.pt")["convs.1.0.weight"].shape == (8, 4, 3, 3)
+    assert torch.load("run/encoder.pt")["stages.1.0.weight"].shape == (8, 4, 3, 3)
     assert script("train_pretext.py", "--resume", "run", "--epochs", 2).status == 0
     end = script("train_transfer.py", "run", "scratch", "--mode", "knn", "--data-dir", cache, "--out", "out")
     assert end.status == 0, end.err
@@ -186,8 +186,10 @@ def test_a_torchvision_encoder_loads_without_this_project(script, cache):
         ("damaged", "damaged/encoder.pt is damaged"),
         (
             "other",
-            "is of another network: missing: conv1.weight, bn1.weight, bn1.bias and 117 more; unknown: convs.0.0",
+            "is of another network: missing: conv1.weight, bn1.weight, bn1.bias and 117 more; unknown: stages.0.0",
         ),
+        ("list", "holds no weights"),
+        ("earlier", "is of another network: missing: stages.0.0"),
         ("nothing", "no START is given"),
         ("text", "settings.json does not say how encoder.pt was trained (TypeError"),
         ("unlabelled", "has no labels"),
@@ -199,11 +201,15 @@ def test_a_torchvision_encoder_loads_without_this_project(script, cache):
 )
 def test_bad_input_is_one_line_and_leaves_nothing_behind(transfer, pretrained, folder, labelled, case, message):
     starts = Path("starts")
-    for name in ("empty", "alone", "damaged", "other", "text"):
+    for name in ("empty", "alone", "damaged", "other", "text", "list", "earlier"):
         (starts / name).mkdir(parents=True)
     state, settings = (pretrained / "encoder.pt").read_bytes(), (pretrained / "settings.json").read_text()
     for name in ("alone", "other", "text"):
         (starts / name / "encoder.pt").write_bytes(state)
+    torch.save([1, 2], starts / "list" / "encoder.pt")
+    torch.save({"convs.0.0.weight": torch.zeros(32, 3, 3, 3)}, starts / "earlier" / "encoder.pt")
+    for name in ("list", "earlier"):
+        (starts / name / "settings.json").write_text(settings)
     (starts / "damaged" / "encoder.pt").write_bytes(state[:1000])
     (starts / "damaged" / "settings.json").write_text(settings)
     (starts / "other" / "settings.json").write_text(settings.replace("conv", "resnet18"))
