@@ -17,7 +17,8 @@ from torch import nn
 from harness.errors import UsageError, ValueProblem
 from harness.ranks import encode
 
-LEAST_RIDGE = 1e-5  # so that a system has one solution, whatever is learned
+LEAST_RIDGE = 1e-5  # as a share of 1 + price, so that float32 can solve a system, whatever is learned
+LARGEST = 10.0  # of the logs of ridge, price and sharpness
 WIDTHS = (16, 64, 128, 256)  # channels of the encoder conv
 USUAL_SIZE = 224  # px; the views that torchvision's networks are made for
 ENCODERS = ["conv", *torchvision.models.list_models(module=torchvision.models)]  # its classification networks
@@ -324,10 +325,11 @@ class RidgeDecoder(Decoder):
     def weigh(self, sizes, products, gram):
         """Least squares in blocks of each of N sizes: B A, A A -> N B A; or for N = 1 B 1 n, B n n -> B 1 n."""
         scalars = self.scalars(*sizes).T[:, :, None, None]
-        (ridge, price, sharpness), offset = scalars[:3].exp(), scalars[3]  # N 1 1 each
+        (ridge, price, sharpness), offset = scalars[:3].clamp(max=LARGEST).exp(), scalars[3]  # N 1 1 each
         products, gram = products + price, gram + price  # as if projections had one more direction, the same for all
         m, device = gram.shape[-1], gram.device
-        systems = gram * _same_block(sizes, m, device) + (ridge + LEAST_RIDGE) * _eye(m, device)  # N m m
+        ridge = ridge + LEAST_RIDGE * (1 + price)
+        systems = gram * _same_block(sizes, m, device) + ridge * _eye(m, device)  # N m m
         x = sharpness * solve(systems, products.mT).mT + offset
         # The log of softplus(x), which is x itself where x is very negative: so no weight is ever out of reach.
         return torch.where(x > -15, nn.functional.softplus(x.clamp(min=-15)).log(), x)

@@ -304,3 +304,18 @@ def test_candidates_that_are_equal_share_the_weight():
     views = torch.ones(4, 8)
     for logits in decoder(views, views, torch.arange(3).expand(4, 3)), *decoder(views, views, ((4, 4), (2, 1))):
         assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize(("ridge", "price"), [(-50.0, 50.0), (-8.0, 15.0), (50.0, 50.0), (-50.0, -50.0)])
+def test_a_gpu_can_solve_whatever_is_learned(ridge, price, monkeypatch):
+    """What a GPU computes, here on the CPU: with a large price the digits of the ridge got lost, and an answer NaN."""
+    monkeypatch.setattr(models, "solve", models._Solve.apply)
+    torch.manual_seed(0)
+    decoder = build_decoder("ridge", 32)
+    decoder.scalars.start.data[:2] = torch.tensor([ridge, price])
+    mixtures, asked = torch.randn(2, 64, 32, requires_grad=True)
+    few = torch.rand(64, 64).argsort(dim=1)[:, :8]
+    answers = decoder(mixtures, asked, few), *decoder(mixtures, asked, ((64, 64), (2, 1)))
+    sum(logits.square().mean() for logits in answers).backward()
+    assert all(logits.isfinite().all() for logits in answers)
+    assert all(parameter.grad.isfinite().all() for parameter in decoder.parameters())
