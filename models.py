@@ -17,8 +17,7 @@ from torch import nn
 from harness.errors import UsageError, ValueProblem
 from harness.ranks import encode
 
-LEAST_RIDGE = 1e-5  # as a share of 1 + price, so that float32 can solve a system, whatever is learned
-LARGEST = 10.0  # of the logs of ridge, price and sharpness
+LEAST_RIDGE = 1e-5  # at least, and in proportion to the price: so float32 can solve a system, whatever is learned
 WIDTHS = (16, 64, 128, 256)  # channels of the encoder conv
 USUAL_SIZE = 224  # px; the views that torchvision's networks are made for
 ENCODERS = ["conv", *torchvision.models.list_models(module=torchvision.models)]  # its classification networks
@@ -50,22 +49,25 @@ class ResBlock(nn.Module):
 class ConvEncoder(nn.Module):
     """Convolutions that widen as they halve the picture, and a residual block at the end: B 3 S S -> B D.
 
-    The features are the means of all maps but the first, and the maxima of the last two: before and after the block.
+    The features are the means of all maps but the first, and the maxima of the last three.
 
     widths  channels of each convolution"""
 
     def __init__(self, widths: Sequence[int] = WIDTHS):
         super().__init__()
-        self.out_features = sum(widths[1:]) + 3 * widths[-1]
+        pooled = [*widths[1:], widths[-1]]  # channels of the maps that are pooled
+        self.out_features = sum(pooled) + sum(pooled[-3:])
         halving = (ConvBlock(i, o, stride=2) for i, o in zip(widths, widths[1:], strict=False))
         self.stages = nn.ModuleList([ConvBlock(3, widths[0]), *halving, ResBlock(widths[-1])])
 
     def forward(self, images):
-        maps = [images]
-        for stage in self.stages:
-            maps.append(stage(maps[-1]))  # B C S S, then S/2, S/4, ...
-        means = [each.mean(dim=(2, 3)) for each in maps[2:]]
-        return torch.cat(means + [each.amax(dim=(2, 3)) for each in maps[-2:]], dim=1)  # B D
+        first, *others = self.stages
+        maps, pooled = first(images), []
+        for stage in others:
+            maps = stage(maps)  # B C S/2 S/2, then S/4, ...
+            pooled.append(maps.permute(0, 2, 3, 1).flatten(1, 2))  # B H*W C  as in memory: faster to pool
+        means, maxima = [each.mean(dim=1) for each in pooled], [each.max(dim=1).values for each in pooled[-3:]]
+        return torch.cat(means + maxima, dim=1)  # B D
 
 
 def torchvision_encoder(name: str) -> nn.Module:
@@ -205,7 +207,8 @@ class Decoder(nn.Module):
 
 
 class Scalars(nn.Module):
-    """K learned scalars for n candidates: start + slope x + curve x², with x = log(n / 64). 64 is the default batch."""
+    """K learned scalars for n candidates: start + slope x + curve x², where x is 0 for 64, the default batch, and -1
+    for two: the logarithm of n / 64 to the base 32."""
 
     def __init__(self, *start: float):
         super().__init__()
@@ -214,7 +217,7 @@ class Scalars(nn.Module):
 
     def forward(self, *numbers: int) -> torch.Tensor:
         """The scalars for each of N numbers of candidates: N K."""
-        logs = [math.log(n / 64) for n in numbers]
+        logs = [math.log(n / 64, 32) for n in numbers]
         return torch.stack([self.start.add(self.slope, alpha=x).add(self.curve, alpha=x * x) for x in logs])
 
 
@@ -325,10 +328,10 @@ class RidgeDecoder(Decoder):
     def weigh(self, sizes, products, gram):
         """Least squares in blocks of each of N sizes: B A, A A -> N B A; or for N = 1 B 1 n, B n n -> B 1 n."""
         scalars = self.scalars(*sizes).T[:, :, None, None]
-        (ridge, price, sharpness), offset = scalars[:3].clamp(max=LARGEST).exp(), scalars[3]  # N 1 1 each
+        (ridge, price, sharpness), offset = scalars[:3].exp(), scalars[3]  # N 1 1 each
         products, gram = products + price, gram + price  # as if projections had one more direction, the same for all
         m, device = gram.shape[-1], gram.device
-        ridge = ridge + LEAST_RIDGE * (1 + price)
+        ridge = (ridge + LEAST_RIDGE).add(price, alpha=LEAST_RIDGE)
         systems = gram * _same_block(sizes, m, device) + ridge * _eye(m, device)  # N m m
         x = sharpness * solve(systems, products.mT).mT + offset
         # The log of softplus(x), which is x itself where x is very negative: so no weight is ever out of reach.
