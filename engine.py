@@ -69,11 +69,6 @@ def learning_rate(step: int, steps: int, peak: float, hold: float | None = None)
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
-def is_matrix(parameter: torch.Tensor) -> bool:
-    """Whether it is a matrix or a kernel, not a bias or a scale per channel, such as ConvNeXt's C 1 1."""
-    return parameter.ndim > 1 and parameter[0].numel() > 1
-
-
 def make_optimizer(model: nn.Module, lr: float, device: torch.device, encoder_rate: float = 1.0) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices and kernels, not on biases and normalisation. `encoder_rate` is the learning rate
     of `model.encoder` as a share of that of the rest. A module's `scalars`, such as a learned temperature, take larger
@@ -81,7 +76,8 @@ def make_optimizer(model: nn.Module, lr: float, device: torch.device, encoder_ra
     groups = {}  # (share of the learning rate, weight decay): parameters
     for name, parameter in model.named_parameters():
         rate = SCALAR_RATE if ".scalars." in name else encoder_rate if name.startswith("encoder.") else 1.0
-        groups.setdefault((rate, WEIGHT_DECAY if is_matrix(parameter) else 0.0), []).append(parameter)
+        matrix = parameter.ndim > 1 and parameter[0].numel() > 1  # or a kernel; not a scale such as ConvNeXt's C 1 1
+        groups.setdefault((rate, WEIGHT_DECAY if matrix else 0.0), []).append(parameter)
     groups = [{"params": p, "rate": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
     return torch.optim.AdamW(groups, lr=lr, fused=device.type != "mps", capturable=device.type == "cuda")
 
@@ -236,7 +232,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         scores["loss"].backward()
         scores["gradient_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
-        self.sound.logical_and_(0 * (scores["gradient_norm"] + scores["loss"].detach()) == 0)  # isfinite, in fewer
+        self.sound.logical_and_(0 * (scores["gradient_norm"] + scores["loss"].detach()) == 0)  # both are finite
         self.sound_steps.add_(self.sound)
         if fused:  # it reads this on the device: from a broken step on, the weights stay as they are
             self.optimizer.found_inf = torch.logical_not(self.sound, out=torch.empty_like(scores["gradient_norm"]))
@@ -372,8 +368,7 @@ class Trainer:
         return "it does not come up again"
 
     def _seed_layers(self, seed):
-        """For layers that draw, such as stochastic depth. torch.manual_seed would also note, with a traceback, that
-        kinds of devices that are not in use should be seeded: 0.1 ms a step."""
+        """For layers that draw. torch.manual_seed also notes seeds for kinds of devices not in use: 0.1 ms a step."""
         torch.default_generator.manual_seed(seed)
         if self.device.type != "cpu":
             getattr(torch, self.device.type).manual_seed(seed)

@@ -17,7 +17,7 @@ from torch import nn
 from harness.errors import UsageError, ValueProblem
 from harness.ranks import encode
 
-LEAST_RIDGE = 1e-5  # at least, and in proportion to the price: so float32 can solve a system, whatever is learned
+LEAST_RIDGE = 1e-5  # at least, and this share of the price: so that float32 can solve a system with a large one, too
 WIDTHS = (16, 64, 128, 256)  # channels of the encoder conv
 USUAL_SIZE = 224  # px; the views that torchvision's networks are made for
 ENCODERS = ["conv", *torchvision.models.list_models(module=torchvision.models)]  # its classification networks
@@ -33,8 +33,7 @@ class ConvBlock(nn.Sequential):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions beside a shortcut (He et al. 2016, figure 5 left), half of the channels between them:
-    B C H W -> B C H W."""
+    """Two convolutions, C / 2 channels between, beside a shortcut (He et al. 2016, figure 5): B C H W -> B C H W."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -47,26 +46,24 @@ class ResBlock(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """Convolutions that widen as they halve the picture, and a residual block at the end: B 3 S S -> B D.
+    """A convolution, others that widen the maps as they halve them, and a residual block: B 3 S S -> B D.
 
-    The features are the means of all maps but the first, and the maxima of the last three.
-
-    widths  channels of each convolution"""
+    Each gives a map. The features are the means of all maps but the first, and the maxima of the last three. `widths`
+    are the channels of the convolutions."""
 
     def __init__(self, widths: Sequence[int] = WIDTHS):
         super().__init__()
-        pooled = [*widths[1:], widths[-1]]  # channels of the maps that are pooled
-        self.out_features = sum(pooled) + sum(pooled[-3:])
+        channels = [*widths, widths[-1]]  # of each map
+        self.out_features = sum(channels[1:]) + sum(channels[-3:])
         halving = (ConvBlock(i, o, stride=2) for i, o in zip(widths, widths[1:], strict=False))
         self.stages = nn.ModuleList([ConvBlock(3, widths[0]), *halving, ResBlock(widths[-1])])
 
     def forward(self, images):
-        first, *others = self.stages
-        maps, pooled = first(images), []
-        for stage in others:
-            maps = stage(maps)  # B C S/2 S/2, then S/4, ...
-            pooled.append(maps.permute(0, 2, 3, 1).flatten(1, 2))  # B H*W C  as in memory: faster to pool
-        means, maxima = [each.mean(dim=1) for each in pooled], [each.max(dim=1).values for each in pooled[-3:]]
+        last, maps = images, []
+        for stage in self.stages:
+            last = stage(last)  # B C S S, then S/2, S/4, ...
+            maps.append(last.permute(0, 2, 3, 1).flatten(1, 2))  # B H*W C  as in memory: fast to pool
+        means, maxima = [each.mean(dim=1) for each in maps[1:]], [each.max(dim=1).values for each in maps[-3:]]
         return torch.cat(means + maxima, dim=1)  # B D
 
 
@@ -94,7 +91,7 @@ def torchvision_encoder(name: str) -> nn.Module:
 
 
 def build_encoder(name: str, size: int | None = None, widths: Sequence[int] = ()) -> nn.Module:
-    """The encoder of that name, one of `ENCODERS`, with D in `out_features`; `widths` are of conv, if not the default.
+    """The encoder of that name, one of `ENCODERS`, with D in `out_features`. `widths`: channels of conv's convolutions.
     Raises UsageError if the name is unknown, if the network cannot be used as an encoder, or if it does not take views
     of `size` px (None: not checked)."""
     if name not in ENCODERS:
@@ -208,7 +205,7 @@ class Decoder(nn.Module):
 
 class Scalars(nn.Module):
     """K learned scalars for n candidates: start + slope x + curve x², where x is 0 for 64, the default batch, and -1
-    for two: the logarithm of n / 64 to the base 32."""
+    for two: the logarithm of n / 64 to the base 32. So a step moves all numbers about as far."""
 
     def __init__(self, *start: float):
         super().__init__()
@@ -298,8 +295,7 @@ class RidgeDecoder(Decoder):
     def __init__(self, features: int):
         super().__init__()
         self.project = Projection(features, min(features, 512))
-        # The logs of the ridge, relative to the squared length of a projection, of the price of a sum other than one,
-        # and of the sharpness; the offset.
+        # The logs of ridge (a projection's squared length is 1), price of a sum other than one, sharpness; the offset.
         self.scalars = Scalars(math.log(0.3), 0.0, math.log(50.0), -1.0)
 
     def prepare(self, mixtures, asked):
@@ -330,8 +326,7 @@ class RidgeDecoder(Decoder):
         scalars = self.scalars(*sizes).T[:, :, None, None]
         (ridge, price, sharpness), offset = scalars[:3].exp(), scalars[3]  # N 1 1 each
         products, gram = products + price, gram + price  # as if projections had one more direction, the same for all
-        m, device = gram.shape[-1], gram.device
-        ridge = (ridge + LEAST_RIDGE).add(price, alpha=LEAST_RIDGE)
+        ridge, m, device = (ridge + LEAST_RIDGE).add(price, alpha=LEAST_RIDGE), gram.shape[-1], gram.device
         systems = gram * _same_block(sizes, m, device) + ridge * _eye(m, device)  # N m m
         x = sharpness * solve(systems, products.mT).mT + offset
         # The log of softplus(x), which is x itself where x is very negative: so no weight is ever out of reach.

@@ -26,7 +26,7 @@ from harness.errors import UsageError, ValueProblem
 ACTIVATIONS = ("softmax", "sigmoid")
 LOSSES = ("kl", "mse")
 SMALLEST_WEIGHT = 1e-3
-SHARES = Uniform(0.1, 0.9)  # a source's weight: below, it can hardly be seen in a mixture
+SHARES = Uniform(0.1, 0.9)  # of what the sources before it left; in training, and in the validation question
 FEW = (2, 3, 8, 32)  # candidates of the second question, about a few: the sizes of its blocks
 
 
@@ -195,10 +195,9 @@ class MixupTransform(WeightTask):
         rows[circle] = circle[(np.arange(B)[:, None] + np.append(0, steps)) % B]  # the example itself comes first
         return torch.from_numpy(rows)
 
-    def validation(self, candidates: int = 3) -> "MixupTransform":
-        """The fixed question: two sources (one if `sources` is 1), weights from 0.1 to 0.9; runs have 3 candidates."""
-        chosen = {"views": self.views, "size": self.size, "activation": self.activation, "loss": self.loss}
-        return MixupTransform(candidates, min(2, self.sources), **chosen)
+    def validation(self, n: int = 3) -> "MixupTransform":
+        """The fixed question: n candidates (3 in a run), two sources (one if `sources` is 1), weights of 0.1 to 0.9."""
+        return MixupTransform(n, min(2, self.sources), SHARES, self.views, self.size, self.activation, self.loss)
 
 
 class Duplicate(MixupTransform):

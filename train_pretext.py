@@ -141,8 +141,7 @@ def main() -> None:
         images, train, val = open_pretext(args.data, args.size, args.data_dir, args.batch_size, args.ranges)
     warned, args.ranges = images.warn_of_skipped(args.allow_skipped), dict(images.listing.ranges)
     loaders = get_dataloaders(images, train, val, args.batch_size, args.seed, device, args.images)
-    steps = args.epochs * len(loaders[0])
-    hold = HOLD if args.grow else None
+    steps, hold = args.epochs * len(loaders[0]), HOLD if args.grow else None
     trainer = Trainer(model, task, lr=args.lr, steps=steps, hold=hold, seed=args.seed, device=device, amp=amp)
     progress = Progress(args, trainer, images)
     if saved:

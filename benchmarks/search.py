@@ -35,6 +35,7 @@ import scipy.stats
 from harness import command
 from harness.errors import RunError, UsageError
 from harness.files import write_json
+from harness.folder import FORMAT
 from models import WIDTHS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,8 +129,10 @@ def experiment(args: argparse.Namespace, name: str, seed: int) -> None:
     epochs = args.epochs if recipe else 0
     file = RESULTS / f"{name}-{args.widths[-1]}-{epochs}-{seed}.json"
     result = {"name": name, "widths": args.widths, "epochs": epochs, "seed": seed, "encodes": encodes, "right": {}}
+    result["format"] = FORMAT
     if file.exists():
-        result |= json.loads(file.read_text("utf-8"))
+        result |= {"format": None} | json.loads(file.read_text("utf-8"))
+        refuse_earlier(result, file)
     judges = {"probe": (args.probe, "--mode probe"), "data": (args.data, "--mode probe")}
     judges |= {"finetune": (args.data, f"{FINETUNE} --seed {2 * seed}")} if args.finetune else {}
     missing = [judge for judge in judges if judge not in result["right"]]
@@ -155,6 +158,12 @@ def experiment(args: argparse.Namespace, name: str, seed: int) -> None:
         print(f"{file.stem}: {', '.join(figures)}", flush=True)
 
 
+def refuse_earlier(result: dict, file: Path) -> None:
+    """Raises UsageError for a result of an earlier version, whose encoder and recipe are others."""
+    if result.get("format") != FORMAT:
+        raise UsageError(f"{file} is of an earlier version; move it away to have results of this one")
+
+
 def pretrain(args: argparse.Namespace, recipe: str, out: Path, log: Path) -> None:
     """Run a recipe, or go on with it where `out` has a checkpoint."""
     script, *words = recipe.split()
@@ -165,6 +174,8 @@ def pretrain(args: argparse.Namespace, recipe: str, out: Path, log: Path) -> Non
 def clock(args: argparse.Namespace, name: str) -> None:
     """Note the seconds of an epoch, the mean of a short run's, without validation."""
     timed = json.loads(TIMED.read_text("utf-8")) if TIMED.exists() else []
+    for result in timed:
+        refuse_earlier(result, TIMED)
     start, recipe = args.runs / "timed", f"{RECIPES[name].command} --epochs {EPOCHS}"
     shutil.rmtree(start, ignore_errors=True)  # always from the first epoch
     pretrain(args, recipe, start, args.runs / "timed.log")
@@ -174,7 +185,8 @@ def clock(args: argparse.Namespace, name: str) -> None:
         with open(start / "history.csv", newline="", encoding="utf-8") as stream:
             speeds = [float(row["training_images_per_second"]) for row in csv.DictReader(stream)]
         seconds = sum(summary["train_images"] / speed for speed in speeds)
-    timed.append({"name": name, "width": args.widths[-1], "seconds": seconds / EPOCHS, "device": summary["device"]})
+    timed.append({"name": name, "width": args.widths[-1], "seconds": seconds / EPOCHS})
+    timed[-1] |= {"device": summary["device"], "format": FORMAT}
     write_json(timed, TIMED)
     print(f"{name}: {seconds / EPOCHS:.1f} s an epoch, {summary['device']}", flush=True)
 

@@ -27,7 +27,7 @@ from harness.files import hold, refuse_inside, unusable, write_json
 from harness.log import SUBRUNS
 from harness.ranks import RANK
 
-FORMAT = 10  # of the training state; another one whenever older states cannot go on
+FORMAT = 11  # of the training state; another one whenever older states cannot go on
 RUN_FILES = [  # what a run writes; nothing else is removed by --overwrite
     *["settings.json", "settings.resumed-*.json", "history.csv", "summary.json", "predictions.csv", "encoder.pt"],
     *["validation.png", "validation.before.png", "checkpoint.pt*", "checkpoint.new.pt*", "checkpoint.previous.pt*"],

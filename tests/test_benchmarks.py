@@ -8,7 +8,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import search  # noqa: E402
 
-from harness.errors import RunError  # noqa: E402
+from harness.errors import RunError, UsageError  # noqa: E402
 
 
 def result(name, seed, right, epochs=100, titles=tuple(search.FIGURES)):
@@ -173,3 +173,12 @@ def test_a_failed_run_is_one_line(tmp_path):
         RunError, match=r"--size 2 failed: train_pretext.py: .*'2' is not a whole number.* \(see .*log\)"
     ):
         search.call(["train_pretext.py", "--size", 2], tmp_path / "log")
+
+
+def test_a_result_of_an_earlier_version_is_not_taken_for_one_of_this(tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "RESULTS", tmp_path)
+    (tmp_path / "rotation-8-1-3.json").write_text(json.dumps(result("rotation", 3, ["10"], 1)))
+    args = argparse.Namespace(widths=[4, 8], epochs=1, runs=tmp_path / "runs", probe="p", data="d", finetune=False)
+    args.data_dir = "data"
+    with pytest.raises(UsageError, match=r"rotation-8-1-3\.json is of an earlier version"):
+        search.experiment(args, "rotation", 3)

@@ -7,7 +7,7 @@ from torch import nn
 
 from augment import generator
 from data import get_dataloaders, open_pretext
-from engine import Trainer, choose_amp, choose_device, is_matrix, learning_rate, memory, warm_up_norms
+from engine import Trainer, choose_amp, choose_device, learning_rate, make_optimizer, memory, warm_up_norms
 from harness.errors import RunError, UsageError
 from models import build_model
 from tasks import MixupTransform
@@ -150,8 +150,11 @@ def test_weight_decay_leaves_biases_and_normalisation_alone():
 
 def test_a_scale_per_channel_is_no_matrix():
     """ConvNeXt's scales have shape C 1 1 and start at 1e-6: a step is a thousand times their size."""
-    assert not is_matrix(torch.ones(8, 1, 1)) and not is_matrix(torch.ones(8)) and not is_matrix(torch.ones(()))
-    assert is_matrix(torch.ones(8, 4)) and is_matrix(torch.ones(8, 1, 3, 3))
+    shapes = [(8, 1, 1), (8,), (), (8, 4), (8, 1, 3, 3)]
+    model = torch.nn.ParameterList(torch.ones(shape) for shape in shapes)
+    groups = make_optimizer(model, 1.0, torch.device("cpu")).param_groups
+    decay = {p.shape: group["weight_decay"] for group in groups for p in group["params"]}
+    assert [decay[shape] > 0 for shape in shapes] == [False, False, False, True, True]
 
 
 def test_the_state_holds_tensors_and_plain_values(loaders, tmp_path):

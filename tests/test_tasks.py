@@ -38,6 +38,13 @@ def test_a_question_keeps_the_contract(batch, candidates, views):
     assert (q.weights[own] > 0).all() and own.any(dim=1).all()  # every example is a source of its own mixture
 
 
+def test_the_default_weights_and_few_candidates(batch):
+    questions = [MixupTransform()(batch, generator(seed)) for seed in range(40)]
+    weights = torch.cat([q.weights[0].diagonal() for q in questions])
+    assert weights.min() >= 0.1 and weights.max() <= 0.9 and abs(weights.mean() - 0.5) < 0.05
+    assert {q.weights[1].shape[1] for q in questions} == {2, 3, 8}  # 32 are more than this batch has
+
+
 @pytest.mark.parametrize("candidates", [4, "batch"])
 @pytest.mark.parametrize("sources", [2, 3, 4])
 def test_the_mixture_is_the_weighted_sum_of_the_candidates_pixels(batch, candidates, sources):
