@@ -48,13 +48,13 @@ class ResBlock(nn.Module):
 class ConvEncoder(nn.Module):
     """A convolution, others that widen the maps as they halve them, and a residual block: B 3 S S -> B D.
 
-    Each gives a map. The features are the means of all maps but the first, and the maxima of the last three. `widths`
+    Each gives a map. The features are the means of all maps but the first, and the maxima of the last two. `widths`
     are the channels of the convolutions."""
 
     def __init__(self, widths: Sequence[int] = WIDTHS):
         super().__init__()
         channels = [*widths, widths[-1]]  # of each map
-        self.out_features = sum(channels[1:]) + sum(channels[-3:])
+        self.out_features = sum(channels[1:]) + sum(channels[-2:])
         halving = (ConvBlock(i, o, stride=2) for i, o in zip(widths, widths[1:], strict=False))
         self.stages = nn.ModuleList([ConvBlock(3, widths[0]), *halving, ResBlock(widths[-1])])
 
@@ -63,7 +63,7 @@ class ConvEncoder(nn.Module):
         for stage in self.stages:
             last = stage(last)  # B C S S, then S/2, S/4, ...
             maps.append(last.permute(0, 2, 3, 1).flatten(1, 2))  # B H*W C  as in memory: fast to pool
-        means, maxima = [each.mean(dim=1) for each in maps[1:]], [each.max(dim=1).values for each in maps[-3:]]
+        means, maxima = [each.mean(dim=1) for each in maps[1:]], [each.max(dim=1).values for each in maps[-2:]]
         return torch.cat(means + maxima, dim=1)  # B D
 
 

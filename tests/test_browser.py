@@ -126,5 +126,5 @@ def test_the_run_is_in_the_table_of_settings(browser, tensorboard):
 def test_the_projector_has_both_moments(tensorboard, subrun, epoch):
     with urllib.request.urlopen(f"{tensorboard}/data/plugin/projector/info?run=short/{subrun}") as answer:
         (points,) = json.load(answer)["embeddings"]
-    assert (points["tensorName"], points["tensorShape"]) == (f"features:0000{epoch}", [218, 1344])
+    assert (points["tensorName"], points["tensorShape"]) == (f"features:0000{epoch}", [218, 1216])
     assert "sprite" in points and "metadataPath" in points

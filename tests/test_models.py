@@ -163,7 +163,7 @@ def test_a_torchvision_encoder_without_dropout_answers_the_same_in_training():
     assert torch.equal(encoder(images), encoder(images))
 
 
-@pytest.mark.parametrize(("widths", "features"), [((16, 64, 128, 256), 1344), ((4, 1), 8), ((4,), 12)])
+@pytest.mark.parametrize(("widths", "features"), [((16, 64, 128, 256), 1216), ((4, 1), 4), ((4,), 12)])
 @pytest.mark.parametrize("size", [8, 20, 33, 64])
 def test_conv_encoder_takes_any_size_and_widths(widths, features, size):
     encoder = ConvEncoder(widths).eval()

@@ -89,7 +89,7 @@ def test_kernels_of_a_step(encoder, few, most):
 
 
 def test_a_head_on_features():
-    features, labels = torch.rand(BATCH, 1344), torch.arange(BATCH) % 2
+    features, labels = torch.rand(BATCH, 1216), torch.arange(BATCH) % 2
     with pretended.PretendedGPU(strict=False) as gpu:
         model = Classifier(build_encoder("conv"), 2)
         trainer = Trainer(
@@ -110,7 +110,7 @@ def test_evaluation_reads_once():
         trainer.evaluate(loader, fixed)
         assert gpu.waits and all("engine.py" in wait and "self.sums / self.count" in wait for wait in gpu.waits)
         features = encode_images(trainer.model.encoder, images().pixels, range(8), SIZE, GPU, True)
-    assert features.shape == (8, 1344) and features.device.type == "cpu"
+    assert features.shape == (8, 1216) and features.device.type == "cpu"
 
 
 @pytest.mark.parametrize("fused", [True, False])
