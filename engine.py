@@ -368,7 +368,7 @@ class Trainer:
         return "it does not come up again"
 
     def _seed_layers(self, seed):
-        """For layers that draw. torch.manual_seed also notes seeds for kinds of devices not in use: 0.1 ms a step."""
+        """Seed layers that draw. torch.manual_seed would also queue seeds for unused kinds of devices, in 0.1 ms."""
         torch.default_generator.manual_seed(seed)
         if self.device.type != "cpu":
             getattr(torch, self.device.type).manual_seed(seed)

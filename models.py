@@ -205,7 +205,7 @@ class Decoder(nn.Module):
 
 class Scalars(nn.Module):
     """K learned scalars for n candidates: start + slope x + curve x², where x is 0 for 64, the default batch, and -1
-    for two: the logarithm of n / 64 to the base 32. So a step moves all numbers about as far."""
+    for two: the logarithm of n / 64 to the base 32. So a step changes all parts about as much."""
 
     def __init__(self, *start: float):
         super().__init__()

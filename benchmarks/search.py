@@ -129,9 +129,9 @@ def experiment(args: argparse.Namespace, name: str, seed: int) -> None:
     epochs = args.epochs if recipe else 0
     file = RESULTS / f"{name}-{args.widths[-1]}-{epochs}-{seed}.json"
     result = {"name": name, "widths": args.widths, "epochs": epochs, "seed": seed, "encodes": encodes, "right": {}}
-    result["format"] = FORMAT
+    result |= {"format": FORMAT}
     if file.exists():
-        result |= {"format": None} | json.loads(file.read_text("utf-8"))
+        result = json.loads(file.read_text("utf-8"))
         refuse_earlier(result, file)
     judges = {"probe": (args.probe, "--mode probe"), "data": (args.data, "--mode probe")}
     judges |= {"finetune": (args.data, f"{FINETUNE} --seed {2 * seed}")} if args.finetune else {}
@@ -185,8 +185,8 @@ def clock(args: argparse.Namespace, name: str) -> None:
         with open(start / "history.csv", newline="", encoding="utf-8") as stream:
             speeds = [float(row["training_images_per_second"]) for row in csv.DictReader(stream)]
         seconds = sum(summary["train_images"] / speed for speed in speeds)
-    timed.append({"name": name, "width": args.widths[-1], "seconds": seconds / EPOCHS})
-    timed[-1] |= {"device": summary["device"], "format": FORMAT}
+    found = {"name": name, "width": args.widths[-1], "seconds": seconds / EPOCHS, "device": summary["device"]}
+    timed.append(found | {"format": FORMAT})
     write_json(timed, TIMED)
     print(f"{name}: {seconds / EPOCHS:.1f} s an epoch, {summary['device']}", flush=True)
 
