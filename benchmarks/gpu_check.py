@@ -9,7 +9,7 @@
   losses    twenty steps on the CPU, on the GPU, and recorded as CUDA graphs, from the same seeds
   waits     where the CPU waits for the GPU in an epoch
   command   train_pretext.py and train_transfer.py with many options
-  profile   kernels of a step, and the share of it in which the GPU is idle
+  profile   kernels of a step and of the limit's, the share in which the GPU is idle, and how long the CPU takes
   speed     training against its limit, a step on a question that is already there; with graphs and without
   compile   speed with --compile
 
@@ -28,6 +28,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -148,6 +149,15 @@ def warm_up(trainer: Trainer, loader) -> int:
         trainer.train_epoch(loader, epoch, tqdm(disable=True))
         epoch += 1
     return epoch
+
+
+def fixed_step(trainer: Trainer, images: torch.Tensor, labels: torch.Tensor) -> Callable:
+    """A step on a question that is there, and nothing else: as fast as the network can be."""
+    question = trainer.ask(trainer.task, images, labels, generator(0))
+    if not trainer.recorded:
+        return lambda _: trainer._learn(question, torch.tensor(1e-3))
+    rate = torch.full((), 1e-3, device=trainer.device)
+    return lambda _: trainer.recorded("limit", lambda lr: trainer._learn(question, lr), rate)
 
 
 def milliseconds(step, seconds: float, device: torch.device) -> float:
@@ -277,19 +287,26 @@ def commands(args: argparse.Namespace) -> dict:
 
 
 def profile(args: argparse.Namespace) -> dict:
-    """Kernels a step, the share in which the GPU is idle, and who takes the time. On a CPU its own operations."""
+    """Kernels a step, the share in which the GPU is idle, and who takes the time: of a step launched one by one, of a
+    recorded one, and of the limit's. On a CPU its own operations."""
     from torch.profiler import ProfilerActivity
 
     found, device, steps = {}, torch.device(args.device), 5
     kind = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
     with tempfile.TemporaryDirectory() as folder:
         for encoder, size, batch in QUICK if args.quick else CASES[:3]:
-            for graphs in (False, True):
-                trainer = make_trainer(args.device, encoder, size, graphs)
+            for way in ("", ", graphs", ", limit"):
+                trainer = make_trainer(args.device, encoder, size, bool(way))
                 images, labels = next(iter(make_loader(args.device, batch, size, 2, "device", folder)))
                 step = lambda n, t=trainer, x=images, y=labels: t.learn(x, y, n, generator(0, n % 7))  # noqa: E731
+                step = fixed_step(trainer, images, labels) if way == ", limit" else step
                 for number in range(40):
                     step(number)
+                wait(device)
+                clock = time.perf_counter()
+                for number in range(steps):
+                    step(number)
+                queued = time.perf_counter() - clock  # the CPU's own time on a GPU, which computes meanwhile
                 wait(device)
                 with torch.profiler.profile(activities={ProfilerActivity.CPU, kind}) as seen:
                     clock = time.perf_counter()
@@ -308,9 +325,10 @@ def profile(args: argparse.Namespace) -> dict:
                 for event in events:
                     times[event.name[:80]] += event.time_range.elapsed_us() / steps
                 waited = [e.name for e in seen.events() if "ynchronize" in e.name]
-                found[f"{encoder} {size} px, {batch}{', graphs' * graphs}"] = {
+                found[f"{encoder} {size} px, {batch}{way}"] = {
                     "kernels_a_step": len(events) / steps, "busy_ms_a_step": busy / 1e3 / steps,
-                    "wall_ms_a_step": 1e3 * wall / steps, "idle": 1 - busy / max(1e-9, end - spans[0][0]),
+                    "queued_ms_a_step": 1e3 * queued / steps, "wall_ms_a_step": 1e3 * wall / steps,
+                    "idle": 1 - busy / max(1e-9, end - spans[0][0]),
                     "waits": dict(collections.Counter(waited)), "longest_us": dict(times.most_common(20)),
                 }  # fmt: skip
                 tell(found)
@@ -332,16 +350,10 @@ def speed(args: argparse.Namespace, compiled: bool = False) -> dict:
                 if compiled:
                     trainer.model.encoder.compile()
                 images, labels = next(iter(loaders["device"]))
-                question = trainer.ask(trainer.task, images, labels, generator(0))
-                fixed = lambda _, t=trainer, q=question: t._learn(q, torch.tensor(1e-3))  # noqa: E731
-                if graphs:  # a question that is there, and nothing else: as fast as the network can be
-                    rate = torch.full((), 1e-3, device=device)
-                    learn = lambda lr, t=trainer, q=question: t._learn(q, lr)  # noqa: E731
-                    fixed = lambda _, t=trainer, r=rate, f=learn: t.recorded("limit", f, r)  # noqa: E731
                 if graphs and not trainer.recorded:
                     continue
                 name = "recorded" if graphs else "eager"
-                row[f"{name}_limit"] = 1e3 * batch / milliseconds(fixed, seconds, device)
+                row[f"{name}_limit"] = 1e3 * batch / milliseconds(fixed_step(trainer, images, labels), seconds, device)
                 for place, loader in loaders.items() if graphs else [("device", loaders["device"])]:
                     trainer.taken, rates = 0, []
                     epochs = warm_up(trainer, loader)
