@@ -87,7 +87,7 @@ class Running:
 
     def __init__(self, device: torch.device):
         self.device, self.names, self.sums, self.count = device, [], 0, 0
-        self.copied = None  # sums and count on their way from a GPU
+        self.copied = None  # sums on their way from a GPU, their count, and an event behind them
 
     def add(self, scores: dict[str, torch.Tensor], weight: int = 1) -> None:
         """Count the scalars of one step, `weight` times."""
@@ -96,11 +96,14 @@ class Running:
         self.count += weight
 
     def peek(self) -> dict[str, float]:
-        """The means as of the last call, which a GPU has copied meanwhile: nothing waits. On CPUs the means so far."""
+        """The means as of an earlier call, once a GPU has copied them: nothing waits. On CPUs the means so far."""
         if self.device.type != "cuda":
             return self.read()
-        arrived, host = self.copied, torch.empty(len(self.names), pin_memory=True)
-        self.copied = host.copy_(self.sums, non_blocking=True), self.count
+        if self.copied and not self.copied[2].query():  # still on the way
+            return {}
+        arrived, host, event = self.copied, torch.empty(len(self.names), pin_memory=True), torch.cuda.Event()
+        self.copied = host.copy_(self.sums, non_blocking=True), self.count, event
+        event.record()
         return {} if arrived is None else dict(zip(self.names, (arrived[0] / arrived[1]).tolist(), strict=True))
 
     def read(self) -> dict[str, float]:

@@ -101,6 +101,19 @@ def test_a_head_on_features():
         trainer.learn(*batch, 1, generator(1))
 
 
+def test_means_are_shown_once_they_have_arrived(monkeypatch):
+    """Twenty steps may be queued while the GPU is in the first of them."""
+    arrived = []
+    event = type("Event", (), {"record": lambda self: None, "query": lambda self: bool(arrived)})
+    with pretended.PretendedGPU(strict=False):
+        monkeypatch.setattr(torch.cuda, "Event", event)
+        running = engine.Running(GPU)
+        running.add({"loss": torch.ones((), device=GPU)})
+        assert running.peek() == {} == running.peek()
+        arrived.append(True)
+        assert list(running.peek()) == ["loss"]
+
+
 def test_evaluation_reads_once():
     with pretended.PretendedGPU(strict=False) as gpu:
         trainer, _, loader = prepare(MixupTransform(size=SIZE))
