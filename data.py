@@ -91,7 +91,7 @@ def list_data(data: str, data_dir: str | Path = "data") -> Listing:
 
 
 def _list_photos() -> Listing:
-    """The photographs in scikit-image's wheel, one class each, in Image网's shape."""
+    """The photographs in scikit-image's wheel, one class each, split as fast.ai's Image网."""
     classes, patches = sorted(bundled.PHOTOS), bundled.list_patches()
     entries = [Entry(path, split, classes.index(name) if name else UNLABELLED) for path, split, name in patches]
     stamp, splits = _hash(entries, bundled.PHOTOS), ("train", "val", "unsup")
@@ -284,6 +284,11 @@ def open_pretext(
     pretext_split(listing.entries, batch_size)  # too few images are refused before anything is decoded
     images = open_images(listing, size, data_dir, ranges)
     return images, *pretext_split(images.listing.entries, batch_size)
+
+
+def spread(rows: Sequence[int], count: int) -> list[int]:
+    """At most `count` of the rows, evenly spread over all of them."""
+    return [rows[i * len(rows) // count] for i in range(count)] if count < len(rows) else list(rows)
 
 
 def choose_place(name: str, images: Images, device: torch.device) -> str:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from augment import generator, to_pixels
-from data import UNLABELLED, Images, list_data, open_images, workers
+from data import UNLABELLED, Images, list_data, open_images, spread, workers
 from harness import command, ranks
 from harness.files import refuse_inside, unusable
 from harness.pictures import draw_mixtures, draw_sheet, legible
@@ -29,7 +29,7 @@ def main() -> None:
     """Parse, look, print, draw."""
     parser = command.Parser(__doc__)
     add = parser.add_argument
-    add("data", metavar="DATA", help="a folder of images, the name of a data set, or `photos`")
+    add("data", type=command.place, metavar="DATA", help="a folder of images, the name of a data set, or `photos`")
     add("--data-dir", type=command.place, default="data", help="folder for data sets by name, and for decoded images")
     add("--size", type=command.integer(8, 1024), default=32, help="side of a view, px")
     add("--seed", type=command.integer(0, 2**32 - 1), default=0, help="of the mixtures that are drawn")
@@ -104,13 +104,11 @@ def _range(sizes: list[tuple[int, int]]) -> str:
 
 
 def duplicates(images: Images) -> str:
-    """The images that are in more than one split, by the pixels that are trained on; and how many are there twice."""
+    """The images that are in more than one split, by the pixels that are trained on."""
     same = [[images.listing.entries[row] for row in rows] for rows in images.same]
     across = [entries for entries in same if len({entry.split for entry in entries}) > 1]
-    within = sum(len(entries) - len({entry.split for entry in entries}) for entries in same)
     title = f"{len(across) or 'no'} image{'s' * (len(across) != 1)} in more than one split"
-    copies = f"{within or 'no'} image{'s' * (within != 1)} more than once in a split"
-    return _listed(title, [" = ".join(entry.path for entry in entries) for entries in across]) + f"\n{copies}"
+    return _listed(title, [" = ".join(entry.path for entry in entries) for entries in across])
 
 
 def _listed(title: str, lines: list[str]) -> str:
@@ -122,7 +120,7 @@ def contact_sheet(images: Images) -> Image.Image:
     """A few images of every class and split, spread over their paths."""
     parts = groups(images)
     each = EACH if len(parts) > 1 else EACH * 8
-    chosen = [(caption, row) for caption, rows in parts.items() for row in rows[:: max(1, len(rows) // each)][:each]]
+    chosen = [(caption, row) for caption, rows in parts.items() for row in spread(rows, each)]
     drawn = dict(zip(images.listing.classes, legible(images.listing.classes), strict=True))
     captions = [(split, drawn.get(name, name)) for (split, name), _ in chosen]
     return draw_sheet(images.pixels[[row for _, row in chosen]], captions, columns=EACH)
@@ -130,8 +128,7 @@ def contact_sheet(images: Images) -> Image.Image:
 
 def mixtures(images: Images, size: int, seed: int) -> Image.Image:
     """Mixtures of images that pretraining may use, with two of three candidates as their sources."""
-    rows = images.rows("train", "unsup")
-    rows = rows[:: max(1, len(rows) // MIXED)][:MIXED]
+    rows = spread(images.rows("train", "unsup"), MIXED)
     question = MixupTransform(3, size=size)(torch.from_numpy(images.pixels[rows]), generator(seed))
     asked = to_pixels(question.asked)[question.candidates]
     return draw_mixtures(to_pixels(question.mixtures), asked, question.weights)

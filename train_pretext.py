@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import engine
 from augment import generator, to_pixels
-from data import PLACES, ImageDataset, Images, get_dataloaders, open_pretext
+from data import PLACES, ImageDataset, Images, get_dataloaders, open_pretext, spread
 from engine import AMP, DEVICES, Trainer, choose_amp, choose_device, device_name, encode_images, memory, warm_up_norms
 from harness import checkpoint, command, folder, ranks
 from harness.download import ARCHIVES
@@ -101,11 +101,11 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     unused = {"decoder"} if issubclass(TASKS[args.task], LabelTask) else set()
     unused |= QUESTION - settings_of(args.task)
     parser.refuse(unused, f"is given, and --task {args.task} has no use for it; leave one of them out")
-    compilers = (os.environ.get("CXX"), "c++", "g++", "clang++", "cl")
-    if args.compile and not any(shutil.which(name) for name in compilers if name):
-        raise ValueProblem("compile", None, "needs a C++ compiler, such as g++, and there is none; leave it out")
     args.grow = args.encoder == "conv" if args.grow is None else args.grow
-    return args, folder.resume(parser, args, {"epochs", "device", "data", "data_dir", "allow_skipped", *OFTEN})
+    saved = folder.resume(parser, args, {"epochs", "device", "data", "data_dir", "allow_skipped", *OFTEN})
+    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++", "cl"))):
+        raise ValueProblem("compile", None, "needs a C++ compiler, such as g++, and there is none; leave it out")
+    return args, saved
 
 
 def make_task(args: argparse.Namespace) -> WeightTask | LabelTask:
@@ -253,7 +253,7 @@ def fit(progress: Progress, train_loader: DataLoader, val_loader: DataLoader, lo
                 progress.saved(log.folder)
                 steps = f"stopped after {trainer.taken} of {trainer.steps} steps"
                 go_on = f"go on with: python train_pretext.py --resume {shlex.quote(str(log.folder))}"
-                raise RunError(f"{steps}; {go_on}", interrupts.signal or signal.SIGTERM)
+                raise RunError(steps if RANK else f"{steps}; {go_on}", interrupts.signal or signal.SIGTERM)
 
         for epoch in range(len(progress.history) + 1, args.epochs + 1):
             bar.set_description(f"epoch {epoch}/{args.epochs}")
@@ -308,8 +308,7 @@ def training_sample(dataset: ImageDataset, val_loader: DataLoader) -> DataLoader
     count = len(val_loader.dataset)
     if len(dataset) < count:
         return None
-    rows = dataset.rows[:: len(dataset) // count][:count]
-    sample = ImageDataset(dataset.images, rows, dataset.resident)
+    sample = ImageDataset(dataset.images, spread(dataset.rows, count), dataset.resident)
     return DataLoader(sample, batch_sampler=val_loader.batch_sampler, collate_fn=sample.collate)
 
 
@@ -338,8 +337,7 @@ def look_inside(trainer: Trainer, val_loader: DataLoader, log: Log, size: int, e
     """Log histograms, nearest neighbours and, in `subrun`, features of views of `size` px as points."""
     if RANK:
         return
-    images, rows = val_loader.dataset.images, val_loader.dataset.rows
-    rows = rows[:: max(1, len(rows) // PROJECTED)][:PROJECTED]
+    images, rows = val_loader.dataset.images, spread(val_loader.dataset.rows, PROJECTED)
     both, labels = (images.listing.classes, legible(images.listing.classes)), images.labels[rows].tolist()
     names, drawn = ([classes[label] if label >= 0 else "" for label in labels] for classes in both)
     encoder = trainer.model.encoder

@@ -19,6 +19,7 @@ from data import (
     open_images,
     open_pretext,
     pretext_split,
+    spread,
 )
 from harness.errors import UsageError
 
@@ -240,6 +241,14 @@ def test_a_failing_build_leaves_nothing(folder, tmp_path, monkeypatch):
 
 def test_pixels_are_kept_at_twice_the_view_or_at_their_own_size(folder, tmp_path):
     assert [opened(folder, tmp_path, size).pixels.shape[2] for size in (16, 32, 48)] == [32, 64, 64]
+
+
+@pytest.mark.parametrize("rows, count", [(11, 6), (1957, 218), (7, 7), (3, 8), (5, 1)])
+def test_a_sample_is_spread_over_all_rows(rows, count):
+    """The last rows are those of the last classes."""
+    sample = spread(range(rows), count)
+    gaps = np.diff([*sample, rows])
+    assert len(sample) == min(rows, count) and sample[0] == 0 and gaps.min() >= 1 and np.ptp(gaps) <= 1
 
 
 def test_pretext_split_is_the_tenth_of_lowest_md5_and_never_val(labelled):
