@@ -7,9 +7,10 @@
     python benchmarks/search.py --table                               write the tables, and README.md's, run nothing
 
 Encoders are pretrained on tinywang. They are judged by probes on probe40, 40 other classes, and on tinywang. Every
-judged encoder is a file in benchmarks/results/search/, with what it got right, and is not judged again. Encoders lie in
---runs, so that the search can be stopped and continued, and a new way to judge needs no new training. Recipes are
-chosen with seed 0 on one half of the images, the files whose name has an even MD5, and compared on the other half.
+judged encoder is a file in benchmarks/results/search/, with what it got right, and is not judged again; those of an
+earlier version have to be moved away before this one adds its own. Encoders lie in --runs, so that the search can be
+stopped and continued, and a new way to judge needs no new training. Recipes are chosen with seed 0 on one half of the
+images, the files whose name has an even MD5, and compared on the other half.
 """
 
 import argparse
@@ -104,9 +105,12 @@ def main() -> None:
     add("--time", action="store_true", help=f"time {EPOCHS} epochs, each recipe alone on one thread, judge nothing")
     add("--table", action="store_true", help="write the tables, run nothing")
     args = parser.parse_args()
+    args.encoder = "-".join(map(str, args.widths))
     for name in args.names:
         if name not in RECIPES:
             raise UsageError(f"{name} is no recipe: use {', '.join(RECIPES)}")
+    for file in [] if args.table else [TIMED] * TIMED.exists() if args.time else sorted(RESULTS.glob("*.json")):
+        refuse_earlier(file)
     if args.time:
         for name in args.names or RECIPES:
             if RECIPES[name].command:  # scratch takes no time
@@ -127,12 +131,11 @@ def experiment(args: argparse.Namespace, name: str, seed: int) -> None:
     """Pretrain with one recipe and one seed, and judge the encoder, as far as there is no result of it."""
     encodes, recipe, _ = RECIPES[name]
     epochs = args.epochs if recipe else 0
-    file = RESULTS / f"{name}-{args.widths[-1]}-{epochs}-{seed}.json"
+    file = RESULTS / f"{name}-{args.encoder}-{epochs}-{seed}.json"
     result = {"name": name, "widths": args.widths, "epochs": epochs, "seed": seed, "encodes": encodes, "right": {}}
     result |= {"format": FORMAT}
     if file.exists():
         result = json.loads(file.read_text("utf-8"))
-        refuse_earlier(result, file)
     judges = {"probe": (args.probe, "--mode probe"), "data": (args.data, "--mode probe")}
     judges |= {"finetune": (args.data, f"{FINETUNE} --seed {2 * seed}")} if args.finetune else {}
     missing = [judge for judge in judges if judge not in result["right"]]
@@ -158,10 +161,11 @@ def experiment(args: argparse.Namespace, name: str, seed: int) -> None:
         print(f"{file.stem}: {', '.join(figures)}", flush=True)
 
 
-def refuse_earlier(result: dict, file: Path) -> None:
-    """Raises UsageError for a result of an earlier version, whose encoder and recipe are others."""
-    if result.get("format") != FORMAT:
-        raise UsageError(f"{file} is of an earlier version; move it away to have results of this one")
+def refuse_earlier(file: Path) -> None:
+    """Raises UsageError if results in a file are of an earlier version, whose encoder and recipes are others."""
+    results = json.loads(file.read_text("utf-8"))
+    if any(result.get("format") != FORMAT for result in (results if isinstance(results, list) else [results])):
+        raise UsageError(f"{file} is of an earlier version; move what is there away to have results of this one")
 
 
 def pretrain(args: argparse.Namespace, recipe: str, out: Path, log: Path) -> None:
@@ -174,8 +178,6 @@ def pretrain(args: argparse.Namespace, recipe: str, out: Path, log: Path) -> Non
 def clock(args: argparse.Namespace, name: str) -> None:
     """Note the seconds of an epoch, the mean of a short run's, without validation."""
     timed = json.loads(TIMED.read_text("utf-8")) if TIMED.exists() else []
-    for result in timed:
-        refuse_earlier(result, TIMED)
     start, recipe = args.runs / "timed", f"{RECIPES[name].command} --epochs {EPOCHS}"
     shutil.rmtree(start, ignore_errors=True)  # always from the first epoch
     pretrain(args, recipe, start, args.runs / "timed.log")
@@ -185,7 +187,7 @@ def clock(args: argparse.Namespace, name: str) -> None:
         with open(start / "history.csv", newline="", encoding="utf-8") as stream:
             speeds = [float(row["training_images_per_second"]) for row in csv.DictReader(stream)]
         seconds = sum(summary["train_images"] / speed for speed in speeds)
-    found = {"name": name, "width": args.widths[-1], "seconds": seconds / EPOCHS, "device": summary["device"]}
+    found = {"name": name, "encoder": args.encoder, "seconds": seconds / EPOCHS, "device": summary["device"]}
     timed.append(found | {"format": FORMAT})
     write_json(timed, TIMED)
     print(f"{name}: {seconds / EPOCHS:.1f} s an epoch, {summary['device']}", flush=True)
@@ -268,29 +270,29 @@ def difference(ours: list[dict], theirs: list[dict], title: str, half: str) -> t
     return statistics.fmean(images), float(scipy.stats.t.ppf(0.975, freedom)) * math.sqrt(variance)
 
 
-def load() -> dict[tuple[int, int, str], list[dict]]:
-    """(last width, epochs, recipe): its results in the order of their seeds."""
+def load() -> dict[tuple[str, int, str], list[dict]]:
+    """(encoder, epochs, recipe): its results in the order of their seeds."""
     found = {}
     results = [json.loads(file.read_text("utf-8")) for file in RESULTS.glob("*.json")]
     for result in sorted(results, key=lambda result: result["seed"]):
-        found.setdefault((result["widths"][-1], result["epochs"], result["name"]), []).append(result)
+        encoder = "-".join(map(str, result["widths"]))
+        found.setdefault((encoder, result["epochs"], result["name"]), []).append(result)
     order = list(RECIPES)
     return dict(sorted(found.items(), key=lambda item: (*item[0][:2], order.index(item[0][2]))))
 
 
-def table(results: dict[tuple[int, int, str], list[dict]], half: str, seeds: range) -> str:
+def table(results: dict[tuple[str, int, str], list[dict]], half: str, seeds: range) -> str:
     """Markdown: a row for each recipe, encoder and number of epochs, with its figures on one half of the images, in per
     cent: mean ± standard deviation over pretext seeds, and how far the default after as many epochs is ahead."""
     titles = ["recipe", "command", "encoder", "epochs", "seeds", "encodes an image", *FIGURES, "lesson"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for (width, epochs, name), runs in results.items():
+    for (encoder, epochs, name), runs in results.items():
         runs = [run for run in runs if run["seed"] in seeds]
-        ours = [run for run in results.get((width, epochs, OURS), []) if run["seed"] in seeds and name != OURS]
+        ours = [run for run in results.get((encoder, epochs, OURS), []) if run["seed"] in seeds and name != OURS]
         if not runs:
             continue
         encodes, recipe, lesson = RECIPES[name]
         words = f"`{recipe.removeprefix('benchmarks/')}`" if recipe else "no pretext"
-        encoder = "-".join(map(str, runs[0]["widths"]))
         start = [name, words, encoder, str(epochs), str(len(runs)), f"{encodes:.3g}"]
         lines.append(f"| {' | '.join([*start, *(cell(runs, ours, title, half) for title in FIGURES), lesson])} |")
     return "\n".join(lines)
@@ -311,33 +313,33 @@ def cell(runs: list[dict], ours: list[dict], title: str, half: str) -> str:
     return text
 
 
-def brief(results: dict[tuple[int, int, str], list[dict]]) -> str:
+def brief(results: dict[tuple[str, int, str], list[dict]]) -> str:
     """Markdown: the first three figures of scratch and after 100 epochs or more, on the half no choice was made on."""
     lines = ["| pretraining | epochs | encoder | seeds | linear | kNN | 25 labels |", "|---" * 7 + "|"]
-    for (width, epochs, name), runs in results.items():
+    for (encoder, epochs, name), runs in results.items():
         if name in BRIEF and (epochs >= 100 or not epochs):
-            ours = results.get((width, epochs, OURS), []) if name != OURS else []
+            ours = results.get((encoder, epochs, OURS), []) if name != OURS else []
             cells = [cell(runs, ours, title, "report") for title in list(FIGURES)[:3]]
-            start = [BRIEF[name], str(epochs), "-".join(map(str, runs[0]["widths"])), str(len(runs))]
+            start = [BRIEF[name], str(epochs), encoder, str(len(runs))]
             lines.append(f"| {' | '.join([*start, *cells])} |")
     return "\n".join(lines)
 
 
-def race(results: dict[tuple[int, int, str], list[dict]]) -> str:
+def race(results: dict[tuple[str, int, str], list[dict]]) -> str:
     """Markdown: epochs and seconds until a recipe is where SimCLR is after 100 epochs, on the half that no choice was
     made on. Between finished runs, figures are taken as linear in the logarithm of the epochs."""
     titles, timed = list(FIGURES)[:3], {}
     for run in json.loads(TIMED.read_text("utf-8")) if TIMED.exists() else []:
-        timed.setdefault((run["name"], run["width"]), []).append(run["seconds"])
+        timed.setdefault((run["name"], run["encoder"]), []).append(run["seconds"])
     lines = ["| recipe | encoder | seconds an epoch | " + " | ".join(titles) + " |", "|---" * (3 + len(titles)) + "|"]
-    for (name, width), seconds in timed.items():
-        own = {epochs: runs for (w, epochs, n), runs in results.items() if (w, n) == (width, name)}  # in order
-        if not own or (width, 100, "simclr") not in results:
+    for (name, encoder), seconds in timed.items():
+        own = {epochs: runs for (e, epochs, n), runs in results.items() if (e, n) == (encoder, name)}  # in order
+        if not own or (encoder, 100, "simclr") not in results:
             continue
         cells = []
         for title in titles:
             mean = lambda runs, title=title: statistics.fmean(figure(run, title, "report") for run in runs)  # noqa: E731
-            done, goal = [(epochs, mean(runs)) for epochs, runs in own.items()], mean(results[width, 100, "simclr"])
+            done, goal = [(epochs, mean(runs)) for epochs, runs in own.items()], mean(results[encoder, 100, "simclr"])
             needed = [
                 first * (last / first) ** max(0, (goal - low) / (high - low))
                 for (first, low), (last, high) in itertools.pairwise(done)
@@ -345,7 +347,6 @@ def race(results: dict[tuple[int, int, str], list[dict]]) -> str:
             ]
             text = [f"{epochs:.0f} epochs, {epochs * statistics.fmean(seconds):.0f} s" for epochs in needed[:1]]
             cells += text or ["not reached"]
-        encoder = "-".join(map(str, next(iter(own.values()))[0]["widths"]))
         epoch = f"{statistics.fmean(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})"
         lines.append(f"| {' | '.join([name, encoder, epoch, *cells])} |")
     return "\n".join(lines)

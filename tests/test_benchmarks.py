@@ -104,11 +104,13 @@ def test_seconds_until_a_recipe_is_where_simclr_is_after_100_epochs(tmp_path, mo
     """unmix has 50 % after 10 epochs and 100 % after 1000; SimCLR has 75 % after 100, half-way in logarithms."""
     monkeypatch.setattr(search, "TIMED", tmp_path / "seconds.json")
     timed = [("unmix", 2), ("simclr", 1), ("unmix", 4), ("byol", 1)]
-    search.TIMED.write_text(json.dumps([{"name": name, "width": 16, "seconds": seconds} for name, seconds in timed]))
+    search.TIMED.write_text(
+        json.dumps([{"name": name, "encoder": "8-16", "seconds": seconds} for name, seconds in timed])
+    )
     runs = [("unmix", "1100", 10), ("unmix", "1111", 1000), ("simclr", "1100", 30), ("simclr", "1110", 100)]
     results = {}
     for name, right, epochs in [*runs, ("byol", "1000", 30), ("byol", "1100", 100)]:
-        results[16, epochs, name] = [result(name, 0, [right], epochs, list(search.FIGURES)[:4])]
+        results["8-16", epochs, name] = [result(name, 0, [right], epochs, list(search.FIGURES)[:4])]
     rows = [line.split(" | ") for line in search.race(results).splitlines()[2:]]
     assert [row[3] for row in rows] == ["100 epochs, 300 s", "100 epochs, 100 s", "not reached"]
     assert rows[0][:3] == ["| unmix", "8-16", "3.0 (2.0 to 4.0)"]
@@ -124,7 +126,9 @@ def test_an_epoch_is_timed(tmp_path, labelled, monkeypatch):
     monkeypatch.chdir(tmp_path)
     search.main()
     (run,) = json.loads(search.TIMED.read_text())
-    assert (run["name"], run["width"], run["device"]) == ("unmix", 8, "cpu (1 threads)") and 0 < run["seconds"] < 60
+    assert (run["name"], run["encoder"], run["device"]) == ("unmix", "4-8", "cpu (1 threads)") and 0 < run[
+        "seconds"
+    ] < 60
 
 
 def test_the_tables_are_those_of_the_results(tmp_path, monkeypatch):
@@ -145,27 +149,27 @@ def test_what_cannot_be_run_is_one_line(script):
 def test_a_row_is_done_once_and_what_it_lacks_later(tmp_path, labelled, monkeypatch):
     monkeypatch.setattr(search, "RESULTS", tmp_path / "results")
     places = {"data": labelled, "probe": labelled, "data_dir": tmp_path / "decoded", "runs": tmp_path / "runs"}
-    args = argparse.Namespace(**places, epochs=1, widths=[4, 8], finetune=False)
+    args = argparse.Namespace(**places, epochs=1, widths=[4, 8], encoder="4-8", finetune=False)
     recipe = search.Recipe(1, "train_pretext.py --task rotate --size 16 --batch-size 8", "")
     monkeypatch.setitem(search.RECIPES, "rotation", recipe)
     search.experiment(args, "rotation", 3)
-    file = tmp_path / "results" / "rotation-8-1-3.json"
+    file = tmp_path / "results" / "rotation-4-8-1-3.json"
     first = json.loads(file.read_text())
     command = "python train_pretext.py --task rotate --size 16 --batch-size 8 --epochs 1 --seed 3 --widths 4 8"
     assert first["command"] == command and set(first["right"]) == {"probe", "data"}
     assert (tmp_path / "decoded" / "cache").is_dir()  # --data-dir
-    assert sorted(path.name for path in args.runs.iterdir()) == ["rotation-8-1-3"]
+    assert sorted(path.name for path in args.runs.iterdir()) == ["rotation-4-8-1-3"]
     assert 0 <= search.figure(first, "linear", "choose") <= 1
     time = file.stat().st_mtime_ns
     search.experiment(args, "rotation", 3)
     assert file.stat().st_mtime_ns == time
     monkeypatch.setattr(search, "FINETUNE", "--mode finetune --epochs 1 --freeze 0 --batch-size 8")
     args.finetune = True
-    trained = (args.runs / "rotation-8-1-3" / "pretext" / "encoder.pt").stat().st_mtime_ns
+    trained = (args.runs / "rotation-4-8-1-3" / "pretext" / "encoder.pt").stat().st_mtime_ns
     search.experiment(args, "rotation", 3)
     second = json.loads(file.read_text())
     assert second["right"]["probe"] == first["right"]["probe"] and "finetune" in second["right"]
-    assert (args.runs / "rotation-8-1-3" / "pretext" / "encoder.pt").stat().st_mtime_ns == trained  # not again
+    assert (args.runs / "rotation-4-8-1-3" / "pretext" / "encoder.pt").stat().st_mtime_ns == trained  # not again
 
 
 def test_a_failed_run_is_one_line(tmp_path):
@@ -175,10 +179,24 @@ def test_a_failed_run_is_one_line(tmp_path):
         search.call(["train_pretext.py", "--size", 2], tmp_path / "log")
 
 
-def test_a_result_of_an_earlier_version_is_not_taken_for_one_of_this(tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", [["rotation"], ["unmix", "--time"]])
+def test_results_of_an_earlier_version_are_not_mixed_with_those_of_this(tmp_path, monkeypatch, options):
+    """Said before anything is run; `--table` shows them."""
     monkeypatch.setattr(search, "RESULTS", tmp_path)
-    (tmp_path / "rotation-8-1-3.json").write_text(json.dumps(result("rotation", 3, ["10"], 1)))
-    args = argparse.Namespace(widths=[4, 8], epochs=1, runs=tmp_path / "runs", probe="p", data="d", finetune=False)
-    args.data_dir = "data"
-    with pytest.raises(UsageError, match=r"rotation-8-1-3\.json is of an earlier version"):
-        search.experiment(args, "rotation", 3)
+    monkeypatch.setattr(search, "TIMED", tmp_path / "timed" / "seconds.json")
+    earlier = result("rotation", 3, ["10"], 1)
+    (tmp_path / "rotation-8-16-1-3.json").write_text(json.dumps(earlier))
+    search.TIMED.parent.mkdir()
+    search.TIMED.write_text(json.dumps([earlier]))
+    monkeypatch.setattr(search, "call", lambda *words: pytest.fail("something was run"))
+    monkeypatch.setattr(sys, "argv", ["search.py", *options])
+    with pytest.raises(UsageError, match=r"\.json is of an earlier version"):
+        search.main()
+
+
+def test_encoders_that_differ_only_in_their_first_widths_have_rows_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "RESULTS", tmp_path)
+    for first in (4, 8):
+        one = result("unmix", 0, ["10"]) | {"widths": [first, 16]}
+        (tmp_path / f"{first}.json").write_text(json.dumps(one))
+    assert list(search.load()) == [("4-16", 100, "unmix"), ("8-16", 100, "unmix")]
