@@ -10,6 +10,7 @@ Exit status 0 if no check fails, 1 if one does: it is explained, and the ladder 
 import argparse
 import contextlib
 import runpy
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +55,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument_group("training").add_argument
     add("--lr", type=command.rate, default=1e-3, help="peak learning rate of AdamW")
     add("--seed", type=integer(0, 2**32 - 1), default=0, help="fixes all that is random")
-    add("--device", choices=DEVICES, default="auto", help="where to compute; auto: a GPU if there is one")
+    add("--device", choices=DEVICES, default="auto", help="where to compute; auto: a GPU, or where --own puts it")
     add = parser.add_argument_group("results").add_argument
     add("--out", type=command.place, help="the run's folder (default: runs/debug-DATA-ENCODER-TIME)")
     add("--overwrite", action="store_true", help="replace the run that --out holds")
@@ -106,10 +107,12 @@ def own_setup(file: str) -> Callable:
     if not Path(file).is_file():
         raise UsageError(f"--own {file}: no such file")
     try:
-        return runpy.run_path(file)["setup"]
+        found = runpy.run_path(file)
     except (Exception, SystemExit) as error:
-        why = "it has none" if isinstance(error, KeyError) else describe(error, (*LIBRARY, __file__))
-        raise UsageError(f"--own {file} gives no setup(): {why}") from error
+        raise UsageError(f"--own {file} gives no setup(): {describe(error, (*LIBRARY, __file__))}") from error
+    if "setup" not in found:
+        raise UsageError(f"--own {file} gives no setup(): it has none")
+    return found["setup"]
 
 
 def main() -> int:
@@ -128,7 +131,7 @@ def main() -> int:
         report((found.append(step) or step for step in climb(CHECKS, subject)), list(CHECKS))
     rows = [{"check": n, "status": r.status, "figure": r.figure, "seconds": seconds} for _, n, r, seconds in found]
     write_json({"checks": rows, "seconds": sum(row["seconds"] for row in rows)}, place / "summary.json")
-    print(f"curves   tensorboard --logdir {place.parent}")
+    print(f"curves   tensorboard --logdir {shlex.quote(str(place.parent))}")
     return int(any(row["status"] == FAILED for row in rows))
 
 

@@ -3,7 +3,6 @@
 Each check looks at a `Subject`, the pieces of a training run, and yields what `checks.climb` expects."""
 
 import copy
-import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -95,9 +94,8 @@ def check_data(s: Subject) -> Result:
         if split != "unsup" and (name := s.images.listing.classes[label]) != path.split("/")[1]:
             why = f"Labels of {split}/ are not the class indices of train/. Likely: renumbered from 0. Number by name."
             return Result(FAILED, f"{path} has the label of {name!r}", why)
-    digests = [hashlib.blake2b(image).digest() for image in s.images.pixels]
-    trained, held_out = {digests[row] for row in s.train}, [*s.val, *s.images.rows("val")]
-    shared = sum(digests[row] in trained for row in held_out)
+    trained, held_out = set(s.train), {*s.val, *s.images.rows("val")}
+    shared = len(held_out & trained.union(*(rows for rows in s.images.same if not trained.isdisjoint(rows))))
     if shared > 0.01 * len(held_out):
         why = "Validation measures how well the network remembers. Likely: files in two folders. Remove the copies."
         return Result(FAILED, f"{shared} of {len(held_out)} validation images are in training too (at most 1%)", why)
@@ -130,8 +128,7 @@ def check_alignment(s: Subject) -> Iterator[tuple]:
     with torch.no_grad():
         straight = model(*q.inputs)[:, order]
         permuted = model(q.mixtures, q.asked, q.candidates[:, order])
-    why = "Prediction i is not about candidate i. Likely: (B * n, ...) read as (n, B, ...), so that examples swap "
-    why += "candidates; or a layer that knows a candidate's place."
+    why = "Prediction i is not about candidate i. Likely: (B * n, ...) read as (n, B, ...), or a layer that sees order."
     off = ((straight - permuted).abs().max() / straight.abs().max().clamp(min=1e-12)).item()
     yield off >= CLOSE, f"off by {off:.0e} of the largest logit (below {CLOSE:.0e})", why
 
@@ -168,9 +165,8 @@ def check_start(s: Subject) -> Iterator[tuple]:
     dead = (gradient.norm(dim=1) < DEAD * reference.norm(dim=1)).float().mean().item()
     found = f"loss {first:.3g} (guess {guessed:.3g}), logits' std {spread:.2g} (below {WIDE:g})"
     found += f", {saturated:.0%} saturated"
-    why = "The network is dead on arrival: its first logits saturate the activation, through which a squared error "
-    why += "passes nothing back. Likely: an unscaled dot product. Use --decoder cosine or ridge, or at least "
-    why += "--loss kl, whose gradient survives."
+    why = "The network is dead on arrival: its first logits saturate the activation. Likely: an unscaled dot product "
+    why += "and a squared error. Use --decoder cosine or ridge, or at least --loss kl, whose gradient survives."
     yield dead >= 0.5, f"{found}, {dead:.0%} of the examples pass back no gradient (below 50%)", why
     yield WARNING if spread > WIDE or first > 10 * guessed else OK, found, ""
 

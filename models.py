@@ -17,7 +17,7 @@ from torch import nn
 from harness.errors import UsageError, ValueProblem
 from harness.ranks import encode
 
-LEAST_RIDGE = 1e-5  # at least, and this share of the price: so that float32 can solve a system with a large one, too
+LEAST_RIDGE = 1e-5  # is added, and this share of the price: so float32 can solve systems with a large price, too
 WIDTHS = (16, 64, 128, 256)  # channels of the encoder conv
 USUAL_SIZE = 224  # px; the views that torchvision's networks are made for
 ENCODERS = ["conv", *torchvision.models.list_models(module=torchvision.models)]  # its classification networks
@@ -279,7 +279,7 @@ class MLPDecoder(Decoder):
 
     def answer(self, candidates, mixtures, asked):
         """What the MLP says of each pair: B P, A P, B n -> B n."""
-        asked = asked.index_select(0, candidates.flatten()).view(*candidates.shape, -1)  # B n P  see RidgeDecoder
+        asked = asked.index_select(0, candidates.flatten()).view(*candidates.shape, -1)  # B n P
         pair = torch.cat([mixtures[:, None] * asked, (mixtures[:, None] - asked).abs()], dim=2)  # B n 2P
         return self.scalars(candidates.shape[1])[0].exp() * self.mlp(pair).squeeze(2)  # B n
 
@@ -310,7 +310,7 @@ class RidgeDecoder(Decoder):
         if n == A:  # the candidates of every mixture are all views, in some order
             return self.weigh((n,), products, gram)[0].gather(1, candidates)
         pairs = candidates[:, :, None] * A + candidates[:, None]  # B n n
-        gram = gram.flatten().index_select(0, pairs.flatten()).view_as(pairs)  # B n n  the same sums every time
+        gram = gram.flatten().index_select(0, pairs.flatten()).view_as(pairs)  # B n n  its gradient adds up in order
         return self.weigh((n,), products.gather(1, candidates)[:, None], gram).squeeze(1)
 
     def answer_blocks(self, blocks, products, gram):

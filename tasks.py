@@ -26,7 +26,7 @@ from harness.errors import UsageError, ValueProblem
 ACTIVATIONS = ("softmax", "sigmoid")
 LOSSES = ("kl", "mse")
 SMALLEST_WEIGHT = 1e-3
-SHARES = Uniform(0.1, 0.9)  # of what the sources before it left; in training, and in the validation question
+SHARES = Uniform(0.1, 0.9)  # a source's share of what those before it left, in training and in the validation question
 FEW = (2, 3, 8, 32)  # candidates of the second question, about a few: the sizes of its blocks
 
 
@@ -159,8 +159,8 @@ class MixupTransform(WeightTask):
         if batch:  # the second question has n candidates
             fitting = [few for few in self.few if k <= few <= B] or [k]
             n = fitting[int(torch.randint(len(fitting), (), generator=rng))]
-        if max(n, k) > B:
-            raise UsageError(f"{max(n, k)} candidates need as many images in a batch, and this one has {B}")
+        if n > B:
+            raise UsageError(f"{n} candidates need as many images in a batch, and this one has {B}")
         rows = (torch.arange(B)[:, None] + torch.arange(k)) % B if batch else self.draw_candidates(B, n, rng)
         shares = sample(self.dist, (k - 1, B), rng).clamp(SMALLEST_WEIGHT, 1 - SMALLEST_WEIGHT)
         left = torch.cat([torch.ones(1, B), (1 - shares).cumprod(dim=0)])  # k B  before each source takes its share

@@ -43,7 +43,7 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     integer = command.integer
     parser = command.Parser(__doc__)
     start = "a pretext run's folder, an encoder.pt, or `scratch`"
-    parser.add_argument("starts", nargs="*", metavar="START", help=f"{start} (default: those of --resume)")
+    parser.add_argument("starts", type=command.place, nargs="*", metavar="START", help=f"{start} (default: --resume's)")
     add = parser.add_argument_group("images").add_argument
     add("--data", type=command.place, help="as in train_pretext.py (default: that of the first START)")
     add("--data-dir", type=command.place, default="data", help="folder for data sets by name, and for decoded images")
@@ -110,7 +110,7 @@ def main() -> None:
         def after_step():
             if interrupts.signal:
                 go_on = f"go on with: python train_transfer.py --resume {shlex.quote(str(place))}"
-                raise RunError(f"stopped; the run that was under way will be done again; {go_on}", interrupts.signal)
+                raise RunError(f"stopped; runs that are not finished will begin anew; {go_on}", interrupts.signal)
 
         for seed, start in itertools.product(range(args.seed, args.seed + args.runs), starts):
             if not any((run["start"], run["seed"]) == (names_of(start, args.mode)[0], seed) for run in runs):

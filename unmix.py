@@ -30,8 +30,8 @@ def parse() -> argparse.Namespace:
     """The command line -> settings. Raises UsageError if they make no sense."""
     parser = command.Parser(__doc__)
     add = parser.add_argument
-    add("run", metavar="RUN", help="the folder of a pretext run")
-    add("images", nargs="+", metavar="IMAGE", help="the candidates: two or more image files")
+    add("run", type=command.place, metavar="RUN", help="the folder of a pretext run")
+    add("images", type=command.place, nargs="+", metavar="IMAGE", help="the candidates: two or more image files")
     add("--weights", type=float, nargs="+", default=[0.3, 0.7], help="of the first images, sum 1 (default: 0.3 0.7)")
     add("--mixture", type=command.place, metavar="FILE", help="a mixture to ask about (default: mix the first images)")
     add("--seed", type=command.integer(0, 2**32 - 1), default=0, help="of the views that are mixed")
@@ -94,7 +94,7 @@ def open_run(run: str) -> tuple[Unmixer, dict]:
     if not file.is_file():
         raise UsageError(f"{run} holds no {checkpoint.LAST}; give the folder of a run of train_pretext.py")
     state = checkpoint.load(file)
-    if state.get("script") != "train_pretext":
+    if not isinstance(state, dict) or state.get("script") != "train_pretext":
         raise UsageError(f"{run} was no run of train_pretext.py, whose network answers here")
     if state.get("format") != folder.FORMAT:
         raise UsageError(f"an older version made the run {run}; use that version, or train again")

@@ -1,4 +1,4 @@
-"""The bundled data set: patches of the photographs in scikit-image's wheel, one class each, in Image网's shape.
+"""The bundled data set: patches of the photographs in scikit-image's wheel, one class each, split as fast.ai's Image网.
 
 Patches of one split may overlap; those of different splits never share a pixel. docs/data.md describes it."""
 

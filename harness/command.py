@@ -51,8 +51,10 @@ def integer(at_least: int, at_most: int = 10**9, word: str | None = None) -> Cal
     def parse(text):
         if text == word:
             return text
-        if not re.fullmatch(r"[+-]?\d+", text) or not at_least <= int(text) <= at_most:
-            upper = (f" to {at_most}" if at_most < 10**9 else " or more") + (f", nor `{word}`" if word else "")
+        whole = re.fullmatch(r"[+-]?\d+", text)
+        if not whole or not at_least <= int(text) <= at_most:
+            upper = f" to {at_most}" if at_most < 10**9 or (whole and int(text) > at_most) else " or more"
+            upper += f", nor `{word}`" if word else ""
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {at_least}{upper}")
         return int(text)
 

@@ -19,7 +19,7 @@ with contextlib.suppress(ImportError):
     register_heif_opener()
 
 KINDS = {"I": "32-bit", "F": "floating-point"} | {f"I;16{order}": "16-bit" for order in ("", "B", "L", "N")}  # by mode
-RANGE_SAMPLE, SCALES = 64, 12  # images that a range is found in; times as bright that are another scale
+RANGE_SAMPLE, SCALES = 64, 12  # images to find a range in; times as bright as the next that make another scale
 TOPS = {"floating-point": (1, 255, 65535), "16-bit": (255, 1023, 4095, 16383, 65535)}  # of usual ranges
 MISSING = 1e30  # of floats: larger ones, infinite ones and NaN stand for what was not measured
 LARGEST_IMAGE = 2**26  # px; a larger one is not decoded, so that no header can fill the memory

@@ -2,7 +2,7 @@
 
     fetch("imagewang-160", data_dir) -> the folder with train/, val/ and unsup/
 
-Archives (`FILE.part`) and folders (`NAME.unpacking`) get their final names when they are complete and verified."""
+Archives (`FILE.part`) get their names when complete, folders (`NAME.unpacking`) when unpacked from verified ones."""
 
 import contextlib
 import errno

@@ -49,7 +49,7 @@ def write_json(value: object, file: str | Path) -> None:
     write(file, lambda stream: stream.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
-def write_csv(rows: Iterable[list], file: str | Path) -> None:
+def write_csv(rows: Iterable[Iterable], file: str | Path) -> None:
     """Write rows as CSV in UTF-8; bytes of a file's name that are not text become a backslash and a number."""
 
     def fill(stream):

@@ -3,7 +3,6 @@
 Curves with the same name lie in sub-runs (`train`, `val`, `chance`), so that TensorBoard draws them on one chart."""
 
 import contextlib
-import csv
 import shutil
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+from harness.files import write_csv
 from harness.ranks import RANK
 
 SUBRUNS = ("train", "val", "chance", "before", "after")
@@ -28,7 +28,7 @@ class Log:
     def __init__(self, folder: Path, history: list[dict] | None = None):
         self.folder, self.history = folder, list(history or [])
         self.purge_step = None if history is None else len(history) + 1
-        self.writers, self.file = {}, None
+        self.writers = {}
 
     def writer(self, subrun: str | None = None) -> SummaryWriter:
         """The TensorBoard writer of a sub-run."""
@@ -40,14 +40,12 @@ class Log:
     def row(self, row: dict[str, float]) -> None:
         """Add an epoch's row to the history. Every row has the same columns, `epoch` the first."""
         self.history.append(row)
-        if RANK:
-            return
-        if self.file is None:
-            self.file = open(self.folder / "history.csv", "w", newline="", encoding="utf-8")  # noqa: SIM115
-            csv.DictWriter(self.file, row).writeheader()
-            csv.DictWriter(self.file, row).writerows(self.history[:-1])
-        csv.DictWriter(self.file, row).writerow(row)
-        self.file.flush()
+        self.write_history()
+
+    def write_history(self) -> None:
+        """Write `history.csv`."""
+        if self.history and not RANK:
+            write_csv([self.history[0], *(row.values() for row in self.history)], self.folder / "history.csv")
 
     def scalars(self, subrun: str | None, epoch: int, figures: dict[str, float]) -> None:
         """A point of each curve. Epoch 0 is the untrained network."""
@@ -59,12 +57,10 @@ class Log:
         self.writer(subrun).add_image(tag, np.asarray(picture.convert("RGB")), epoch, dataformats="HWC")
 
     def histograms(self, model: nn.Module, epoch: int) -> None:
-        """Weights and last gradients of every layer, or about ten thousand of them, evenly spread."""
+        """Weights of every layer, or about ten thousand of them, evenly spread."""
         for name, parameter in model.named_parameters():
-            for kind, values in (("value", parameter.detach()), ("gradient", parameter.grad)):
-                if values is not None:
-                    some = values.flatten()[:: max(1, values.numel() // HISTOGRAM)].float()
-                    self.writer("train").add_histogram(f"weights/{name}/{kind}", some, epoch)
+            some = parameter.detach().flatten()[:: max(1, parameter.numel() // HISTOGRAM)].float()
+            self.writer("train").add_histogram(f"weights/{name}", some, epoch)
 
     def projector(self, subrun: str, features: torch.Tensor, names: list[str], thumbnails: torch.Tensor, epoch: int):
         """Points to turn and zoom in TensorBoard's projector; they replace the sub-run's points of earlier epochs.
@@ -79,6 +75,7 @@ class Log:
         for file in self.folder.glob("events.out.tfevents.*") if not RANK else ():
             if b"_hparams_/" in file.read_bytes():  # of the run before it was resumed: TensorBoard shows the first
                 file.unlink()
+        self.write_history()  # of a run that was rescued after its last epoch, too
         values = {name: v if isinstance(v, bool | int | float) else _as_utf8(str(v)) for name, v in settings.items()}
         figures = {f"summary/{name}": value for name, value in final.items()}
         self.writer().add_hparams(values, figures, run_name=".", global_step=epoch)
@@ -86,10 +83,9 @@ class Log:
     def close(self) -> None:
         """Bring everything to the disk. An error that is being raised already is not replaced by one of closing."""
         ignored = [OSError] if sys.exc_info()[0] else []
-        for file in (*self.writers.values(), self.file):
+        for writer in self.writers.values():
             with contextlib.suppress(*ignored):
-                if file:
-                    file.close()
+                writer.close()
 
 
 class _NoWriter:

@@ -1,4 +1,4 @@
-"""Pictures of mixtures, answers, classes and kernels, drawn with Pillow."""
+"""Pictures of mixtures, answers and classes, drawn with Pillow."""
 
 import math
 import unicodedata

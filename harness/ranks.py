@@ -16,8 +16,8 @@ from torch import nn
 
 from harness.errors import UsageError
 
-RANKS = int(os.environ.get("WORLD_SIZE", 1))
-RANK = int(os.environ.get("RANK", 0)) if RANKS > 1 else 0  # without WORLD_SIZE, RANK is of some other program
+RANKS = int(os.environ.get("WORLD_SIZE") or 1)
+RANK = int(os.environ.get("RANK") or 0) if RANKS > 1 else 0  # without WORLD_SIZE, RANK is of some other program
 PATIENCE = datetime.timedelta(minutes=60)  # for a rank that does not answer; the first may be downloading
 _cpu_group = None
 
@@ -27,7 +27,7 @@ def start(device: torch.device) -> torch.device:
     if RANKS == 1 or dist.is_initialized():
         return device
     needed = ("RANK", "MASTER_ADDR", "MASTER_PORT") + ("LOCAL_RANK",) * (device.type == "cuda")
-    if missing := [name for name in needed if name not in os.environ]:
+    if missing := [name for name in needed if not os.environ.get(name)]:
         raise UsageError(f"WORLD_SIZE is {RANKS}, and {missing[0]} is not set; start several processes with torchrun")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -57,7 +57,7 @@ def refuse_several() -> None:
 @contextlib.contextmanager
 def first_rank_first() -> Iterator[None]:
     """The first rank of each machine runs the block, such as one that fills a cache, before the others do."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    first = int(os.environ.get("LOCAL_RANK") or 0) == 0
     if RANKS > 1 and not first:
         dist.barrier(group=_cpu_group)
     yield

@@ -175,3 +175,13 @@ def test_a_folder_with_copies_in_val_fails_the_data_check(debug, labelled):
 def test_bad_input(script, args, message):
     end = script("debug_overfit.py", *args)
     assert end.status == 2 and message in end.err and end.err.count("\n") == 1 and not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("code, message", [
+    ("def setup(): pass\n{}['lr']\n", "gives no setup(): KeyError: 'lr' (mine.py, line 2: `{}['lr']`)"),
+    ("x = 1\n", "gives no setup(): it has none"),
+])  # fmt: skip
+def test_a_file_without_a_setup(script, code, message):
+    Path("mine.py").write_text(code)
+    end = script("debug_overfit.py", "--own", "mine.py")
+    assert end.status == 2 and message in end.err and end.err.count("\n") == 1, end.err

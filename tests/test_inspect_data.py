@@ -29,7 +29,7 @@ def test_it_says_what_is_in_a_folder(inspect, labelled, patches):
     assert lines["val", "cow"].split()[2] == "10" and lines["unsup", "-"].split()[2] == "9"
     assert "train  all 3" in end.out and "val    all 2" in end.out
     assert "1 unreadable" in end.out and "train/ant/broken.jpg: " in end.out
-    assert "1 image in more than one split" in end.out and "1 image more than once in a split" in end.out
+    assert "1 image in more than one split" in end.out and "copies by their pixels: 3;" in end.out
     names = ("train/bee/" + bee[0].name, "unsup/copy.jpg", "val/cow/copy.jpg")
     assert f"  {' = '.join(names)}" in end.out
 
@@ -65,6 +65,7 @@ def test_the_bundled_photographs(script, cache):
     assert "no images in more than one split" in end.out
 
 
-def test_no_such_folder(inspect):
-    end = inspect("nowhere")
-    assert end.status == 2 and "no such folder" in end.err and end.err.count("\n") == 1
+@pytest.mark.parametrize("name, message", [("nowhere", "no such folder"), ("", "argument DATA: it is empty")])
+def test_no_such_folder(inspect, name, message):
+    end = inspect(name)
+    assert end.status == 2 and message in end.err and end.err.count("\n") == 1

@@ -168,6 +168,14 @@ def test_more_epochs_go_on_from_a_complete_run(script, cache):
     assert Path("run/settings.json").exists() and Path("run/settings.resumed-1.json").exists()
 
 
+def test_a_state_that_was_rescued_after_the_last_epoch_has_its_history(script, short_run):
+    Path("rescued").mkdir()
+    shutil.copy(short_run / "checkpoint.pt", "rescued")
+    end = script("train_pretext.py", "--resume", "rescued")
+    assert end.status == 0, end.err
+    assert history("rescued") == history(short_run) and same(weights("rescued"), weights(short_run))
+
+
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
     """Where the run lies that `stopped` copies, once it has run."""

@@ -112,6 +112,13 @@ def test_what_training_says_is_handed_on(script):
     assert end.status == 1 and "--batch-size 4096 is more than the" in end.err and end.err.count("\n") == 1
 
 
+def test_the_check_for_gpus_tells_of_parts_that_had_no_time(tmp_path):
+    words = ("--device", "cpu", "--quick", "--only", "env", "speed", "--seconds", 1, "--out", tmp_path / "gpu.json")
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "gpu_check.py", *map(str, words)], capture_output=True)
+    assert done.returncode == 1
+    assert [part["good"] for part in json.loads((tmp_path / "gpu.json").read_text()).values()] == [False, False]
+
+
 @pytest.mark.slow
 def test_the_check_for_gpus_runs_on_a_cpu(tmp_path):
     """All of its parts, small: a GPU is at hand seldom, and its minutes are few."""

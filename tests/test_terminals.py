@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from test_resume import CLOCKS, history, same, weights
 
@@ -109,11 +110,17 @@ def test_overwrite_replaces_runs_alone(script, cache):
     assert Path("mine", "summary.json").read_text() == "{}"
 
 
-def test_compiling_without_a_compiler(script, cache, monkeypatch):
+def test_compiling_without_a_compiler(script, cache, short_run, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name, *rest: None)
     end = script("train_pretext.py", *QUICK, "--data-dir", cache, "--compile")
     assert end.status == 2 and "--compile needs a C++ compiler" in end.err and end.err.count("\n") == 1
     assert not Path("runs").exists()
+    shutil.copytree(short_run, "run")  # as if it had been compiled, on another machine
+    state = torch.load("run/checkpoint.pt", weights_only=True)
+    state["settings"]["compile"] = True
+    torch.save(state, "run/checkpoint.pt")
+    end = script("train_pretext.py", "--resume", "run", "--epochs", 4)
+    assert end.status == 2 and "--compile needs a C++ compiler" in end.err and end.err.count("\n") == 1
 
 
 def test_a_run_goes_on_from_another_directory_with_its_data_moved(script, labelled, tmp_path, monkeypatch):

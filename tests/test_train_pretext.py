@@ -270,6 +270,8 @@ BAD = {
     "size in words": (("--size", "big"), "'big' is not a whole number"),
     "size too small for the encoder": (("--size", 8, "--encoder", "convnext_tiny"), "too small for the encoder"),
     "no epochs": (("--epochs", 0), "'0' is not a whole number of 1 or more"),
+    "epochs without end": (("--epochs", 2 * 10**9), "'2000000000' is not a whole number of 1 to 1000000000"),
+    "a large seed": (("--seed", 5 * 10**9), "'5000000000' is not a whole number of 0 to 4294967295"),
     "half an epoch": (("--epochs", 0.5), "'0.5' is not a whole number"),
     "negative seed": (("--seed", -1), "'-1' is not a whole number"),
     "learning rate in words": (("--lr", "fast"), "'fast' is not a learning rate"),
@@ -315,8 +317,11 @@ def test_memory_that_is_full(capsys):
 
 
 def test_several_processes_without_torchrun(tmp_path):
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "MASTER_ADDR")} | {"WORLD_SIZE": "2"}
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "MASTER_ADDR")}
     words = [sys.executable, ROOT / "train_pretext.py", "--epochs", "1"]
+    empty = env | {"WORLD_SIZE": "", "RANK": ""}  # set, and of nothing
+    assert subprocess.run([*words, "--help"], cwd=tmp_path, capture_output=True, env=empty).returncode == 0
+    env |= {"WORLD_SIZE": "2", "RANK": ""}
     end = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=env)
     assert end.returncode == 2 and "start several processes with torchrun" in end.stderr and "Trace" not in end.stderr
 

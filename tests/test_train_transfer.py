@@ -11,6 +11,7 @@ import torch
 import torchvision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import transfer as transfer_code
 from harness import bundled
 from models import build_encoder
 from transfer import MODES
@@ -257,6 +258,21 @@ def test_stopped_and_resumed_is_as_if_never_stopped(transfer, script, pretrained
     for curve in events.Tags()["scalars"]:
         assert [event.step for event in events.Scalars(curve)] == [1, 2], curve
     assert [event.step for event in events.Images("mistakes/scratch")] == [0, 1]
+
+
+def test_stopped_after_its_last_run(transfer, script, monkeypatch):
+    """Nearest neighbours have no steps, so that a signal is looked at when a run is done and saved."""
+    classify = transfer_code.classify
+
+    def stop(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return classify(*args)
+
+    monkeypatch.setattr(transfer_code, "classify", stop)
+    end, _ = transfer("scratch", "--mode", "knn", "--size", 8)
+    assert end.status == 143 and "stopped; runs that are not finished will begin anew; go on with" in end.err
+    monkeypatch.setattr(transfer_code, "classify", lambda *args: pytest.fail("it was finished"))
+    assert script("train_transfer.py", "--resume", "out").status == 0
 
 
 def test_stopped_in_its_first_run(transfer, script, monkeypatch):

@@ -62,6 +62,8 @@ def test_the_same_seed_mixes_the_same_views(script, short_run, photos):
         ("both", "--weights is of mixtures that are made here"),
         ("no run", "is no folder; give that of a run"),
         ("no checkpoint", "holds no checkpoint.pt"),
+        ("a list", "was no run of train_pretext.py"),
+        ("an unset variable", "argument RUN: it is empty"),
         ("labels", "learnt --task rotate, so it cannot tell weights"),
         ("ending", "has no ending of a picture"),
         ("nowhere to write", "--out nowhere/x.png cannot be used"),
@@ -70,6 +72,8 @@ def test_the_same_seed_mixes_the_same_views(script, short_run, photos):
 def test_bad_input_is_one_line(script, short_run, photos, tmp_path, case, message):
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "list").mkdir()
+    torch.save([], tmp_path / "list" / "checkpoint.pt")
     two = photos[:2]
     if case == "labels":
         state = torch.load(short_run / "checkpoint.pt", weights_only=True)
@@ -86,6 +90,8 @@ def test_bad_input_is_one_line(script, short_run, photos, tmp_path, case, messag
         "both": (short_run, *two, "--mixture", two[0], "--weights", 0.5, 0.5),
         "no run": ("nowhere", *two),
         "no checkpoint": ("empty", *two),
+        "a list": ("list", *two),
+        "an unset variable": ("", *two),
         "labels": ("labels", *two),
         "ending": (short_run, *two, "--out", "picture"),
         "nowhere to write": (short_run, *two, "--out", "nowhere/x.png"),
