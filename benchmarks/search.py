@@ -7,8 +7,8 @@
     python benchmarks/search.py --table                               write the tables, and README.md's, run nothing
 
 Encoders are pretrained on tinywang. They are judged by probes on probe40, 40 other classes, and on tinywang. Every
-judged encoder is a file in benchmarks/results/search/, with what it got right, and is not judged again; those of an
-earlier version have to be moved away before this one adds its own. Encoders lie in --runs, so that the search can be
+judged encoder is a file in benchmarks/results/search/, with what it got right, and is not judged again; beside those of
+an earlier version, with the same encoder and epochs, nothing is run. Encoders lie in --runs, so that the search can be
 stopped and continued, and a new way to judge needs no new training. Recipes are chosen with seed 0 on one half of the
 images, the files whose name has an even MD5, and compared on the other half.
 """
@@ -109,7 +109,8 @@ def main() -> None:
     for name in args.names:
         if name not in RECIPES:
             raise UsageError(f"{name} is no recipe: use {', '.join(RECIPES)}")
-    for file in [] if args.table else [TIMED] * TIMED.exists() if args.time else sorted(RESULTS.glob("*.json")):
+    beside = [file for epochs in (0, args.epochs) for file in RESULTS.glob(f"*-{args.encoder}-{epochs}-*.json")]
+    for file in [] if args.table else [TIMED] * TIMED.exists() if args.time else sorted(beside):
         refuse_earlier(file)
     if args.time:
         for name in args.names or RECIPES:
@@ -165,7 +166,7 @@ def refuse_earlier(file: Path) -> None:
     """Raises UsageError if results in a file are of an earlier version, whose encoder and recipes are others."""
     results = json.loads(file.read_text("utf-8"))
     if any(result.get("format") != FORMAT for result in (results if isinstance(results, list) else [results])):
-        raise UsageError(f"{file} is of an earlier version; move what is there away to have results of this one")
+        raise UsageError(f"{file} is of an earlier version; move all of its encoder and epochs away to have others")
 
 
 def pretrain(args: argparse.Namespace, recipe: str, out: Path, log: Path) -> None:

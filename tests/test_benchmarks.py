@@ -179,7 +179,7 @@ def test_a_failed_run_is_one_line(tmp_path):
         search.call(["train_pretext.py", "--size", 2], tmp_path / "log")
 
 
-@pytest.mark.parametrize("options", [["rotation"], ["unmix", "--time"]])
+@pytest.mark.parametrize("options", [["rotation", "--widths", "8", "16", "--epochs", "1"], ["unmix", "--time"]])
 def test_results_of_an_earlier_version_are_not_mixed_with_those_of_this(tmp_path, monkeypatch, options):
     """Said before anything is run; `--table` shows them."""
     monkeypatch.setattr(search, "RESULTS", tmp_path)
