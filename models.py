@@ -366,7 +366,9 @@ class Classifier(nn.Module):
         self.encoder, self.head = encoder, nn.Sequential(nn.BatchNorm1d(D, affine=False), nn.Linear(D, classes))
 
     def forward(self, views):
-        return self.head(*encode(self.encoder, views))  # B classes
+        (features,) = encode(self.encoder, views)
+        with torch.autocast(views.device.type, enabled=False):
+            return self.head(features.float())  # B classes
 
 
 def build_model(

@@ -155,30 +155,29 @@ def classify(
         warm_up_norms(encoder, ((whole_view(p.to(recipe.device), recipe.size),) for p in parts), recipe.amp)
     look = recipe.size, recipe.device, recipe.amp
     if recipe.mode != "finetune" or recipe.freeze:
-        train, val = (encode_images(encoder, pixels, rows, *look) for rows in (data.train, data.val))  # N D, M D
+        train = encode_images(encoder, pixels, data.train, *look)  # N D
     if recipe.mode in ("knn", "probe"):
+        val = encode_images(encoder, pixels, data.val, *look)  # M D
         std, mean = torch.std_mean(train, dim=0)
         train, val = ((part - mean) / (std + 1e-6) for part in (train, val))
-        probes = {way: PROBES[way] for way in MODES[recipe.mode]}
-        known, classes = labels[data.train], len(data.counts)
-        return {way: probe(train, known, val, classes, data.held) for way, probe in probes.items()}
+        parts = train, labels[data.train], val, len(data.counts), data.held
+        return {way: PROBES[way](*parts) for way in MODES[recipe.mode]}
     model = Classifier(encoder, len(data.counts)).to(recipe.device)
     linear = recipe.mode == "linear"
     if linear or recipe.freeze:
         features = train.to(recipe.device), labels[data.train].to(recipe.device)
+        model.head[0].running_var, model.head[0].running_mean = torch.var_mean(features[0], dim=0)
         features = ImageDataset(data.images, range(len(train)), features)
         order = EpochOrder(len(train), min(recipe.batch_size, len(train)), seed, recipe.device)
         loader = DataLoader(features, batch_sampler=order, collate_fn=features.collate)
         epochs, heard = (recipe.epochs, report) if linear else (recipe.freeze, lambda epoch, means: None)
         fit(model.head, Classify(data.counts, None), loader, recipe, epochs, seed, False, heard, after_step)
-    if linear:
-        with torch.no_grad():
-            return {"linear": trained(model.head.eval()(val.to(recipe.device)).cpu(), data)}
-    batch_size = min(recipe.batch_size, len(data.train))
-    loader, _ = get_dataloaders(data.images, data.train, data.val, batch_size, seed, recipe.device)
-    task = Classify(data.counts, recipe.size)
-    fit(model, task, loader, recipe, recipe.epochs, seed, recipe.amp, report, after_step)
-    return {"finetune": trained(encode_images(model, pixels, data.val, *look), data)}
+    if not linear:
+        batch_size = min(recipe.batch_size, len(data.train))
+        loader, _ = get_dataloaders(data.images, data.train, data.val, batch_size, seed, recipe.device)
+        task = Classify(data.counts, recipe.size)
+        fit(model, task, loader, recipe, recipe.epochs, seed, recipe.amp, report, after_step)
+    return {recipe.mode: trained(encode_images(model, pixels, data.val, *look), data)}
 
 
 def trained(logits: torch.Tensor, data: Labelled) -> Answer:

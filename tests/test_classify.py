@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 import transfer
-from data import list_data, open_images
 from models import Classifier, build_encoder
 from tasks import Classify, LabelQuestion
 
@@ -28,8 +27,7 @@ def scratch(encoder="conv"):
 
 @pytest.fixture
 def data(labelled, tmp_path):
-    images = open_images(list_data(str(labelled)), 16, tmp_path / "data")
-    return transfer.Labelled(images, images.rows("train"), images.rows("val"))
+    return transfer.open_labelled(str(labelled), 16, tmp_path / "data")
 
 
 def test_the_classes_of_a_smaller_val_are_those_of_train_by_name(labelled, tmp_path):
@@ -41,9 +39,8 @@ def test_the_classes_of_a_smaller_val_are_those_of_train_by_name(labelled, tmp_p
         for file in set((labelled / "val" / name).iterdir()):
             if not (labelled / "train" / name / file.name).exists():
                 file.unlink()
-    images = open_images(list_data(str(labelled)), 16, tmp_path / "data")
-    data = transfer.Labelled(images, images.rows("train"), images.rows("val"))
-    labels = images.labels[data.val]
+    data = transfer.open_labelled(str(labelled), 16, tmp_path / "data")
+    labels = data.images.labels[data.val]
     assert data.held.tolist() == [1, 2] and set(labels.tolist()) == {1, 2}
     assert data.counts.tolist() == [8, 8, 8]
     answer = transfer.classify(scratch(), data, recipe("linear", epochs=40, lr=0.1), 0, nothing)["linear"]
@@ -62,6 +59,7 @@ def test_knn_counts_the_nearest_votes():
         assert votes[answer.uncorrected[i]] == votes.max()
         shares = votes / counts
         assert shares[answer.all_classes[i]] == shares.max()
+        assert math.isclose(answer.confidence[i], shares.max() / shares.sum(), abs_tol=0.02)  # ties are settled
         within = labels[cosine.masked_fill(labels == 0, -2).argsort(descending=True)[:20]].bincount(minlength=3)
         shares = within / counts
         assert shares[answer.val_classes[i]] == shares.max() and answer.val_classes[i] != 0
@@ -82,8 +80,7 @@ def test_the_correction_finds_rare_classes(labelled, tmp_path, patches):
     for file in (labelled / "train" / "cow").iterdir():
         if file.name != "02.jpg":
             file.unlink()
-    images = open_images(list_data(str(labelled)), 16, tmp_path / "data")
-    data = transfer.Labelled(images, images.rows("train"), images.rows("val"))
+    data = transfer.open_labelled(str(labelled), 16, tmp_path / "data")
     assert data.counts.tolist() == [8, 8, 1]
     answer = transfer.classify(scratch(), data, recipe("linear", epochs=20), 0, nothing)["linear"]
     assert (answer.all_classes == 2).sum() > (answer.uncorrected == 2).sum()
@@ -96,6 +93,11 @@ def test_the_head_learns_first_on_the_encoder_as_it_is(data, monkeypatch, freeze
 
     def look(model, task, loader, recipe, epochs, *rest):
         whole = isinstance(model, Classifier)
+        if not whole:  # what a short training would not get to from 0 and 1
+            features, norm = loader.dataset.resident[0], model[0]
+            assert torch.allclose(norm.running_mean, features.mean(0)) and torch.allclose(
+                norm.running_var, features.var(0)
+            )
         seen.append((whole, epochs, recipe.lr))
         if whole:
             seen.append(model.head[1].weight.detach().clone())
@@ -122,7 +124,7 @@ def test_linear_encodes_every_image_once(data, monkeypatch):
     monkeypatch.setattr(transfer.Start, "build", count)
     transfer.classify(scratch(), data, recipe("linear", epochs=5), 0, nothing)
     assert sum(n for n, training in seen if not training) == len(data.train) + len(data.val)
-    assert sum(n for n, training in seen if training) <= len(data.train)  # from scratch, once, for the statistics
+    assert 0 < sum(n for n, training in seen if training) <= len(data.train)  # from scratch, once, for the statistics
 
 
 def test_the_encoder_learns_at_its_own_rate(data, monkeypatch):
@@ -154,8 +156,7 @@ def test_two_images_of_a_deep_encoder_are_enough(labelled, tmp_path, mode):
     for name in ("ant", "bee", "cow"):
         for file in sorted((labelled / "train" / name).iterdir())[1:]:
             file.unlink()
-    images = open_images(list_data(str(labelled)), 32, tmp_path / "data")
-    few = transfer.Labelled(images, images.rows("train"), images.rows("val"))
+    few = transfer.open_labelled(str(labelled), 32, tmp_path / "data")
     assert len(few.train) == 3
     answers = transfer.classify(scratch("resnet18"), few, recipe(mode, size=32), 0, nothing)
     assert all(len(answer.all_classes) == len(few.val) for answer in answers.values())
@@ -168,6 +169,15 @@ def test_the_same_seed_gives_the_same_answer(data, mode):
     )
     for one, same, another in zip(first, again, other, strict=True):
         assert torch.equal(one.confidence, same.confidence) and not torch.equal(one.confidence, another.confidence)
+
+
+@pytest.mark.parametrize("mode", transfer.MODES)
+def test_what_is_said_of_an_image_does_not_depend_on_the_others(data, mode):
+    """Nothing of the validation images leaks into the answers."""
+    few = transfer.Labelled(data.images, data.train, data.val[::3])
+    whole, part = (transfer.classify(scratch(), part, recipe(mode), 0, nothing) for part in (data, few))
+    for way in whole:
+        assert torch.allclose(whole[way].confidence[::3], part[way].confidence, atol=1e-4)
 
 
 def test_the_ridge_probe_is_ridge_regression(monkeypatch):

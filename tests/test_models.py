@@ -8,6 +8,7 @@ import models
 from harness.errors import UsageError
 from models import (
     DECODERS,
+    Classifier,
     ConvBlock,
     ConvEncoder,
     ResBlock,
@@ -284,6 +285,12 @@ def test_systems_are_solved_on_a_gpu_as_on_a_cpu(shape):
         assert (one - other).norm() < 1e-4 * other.norm()
 
 
+def test_the_head_of_a_classifier_is_float32():
+    """In bf16 the best two of its logits would often be equal."""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Classifier(build_encoder("conv"), 3)(torch.randn(2, 3, 16, 16)).dtype == torch.float32
+
+
 def test_large_systems_are_solved_right_with_several_threads():
     threads = torch.get_num_threads()
     torch.set_num_threads(4)
@@ -302,9 +309,11 @@ def test_candidates_that_are_equal_share_the_weight():
     torch.manual_seed(0)
     decoder = build_decoder("ridge", 8)
     decoder.scalars.start.data[0] = -50.0  # the log of the ridge
-    views = torch.ones(4, 8)
+    views = torch.randn(4, 8)
+    views[1] = views[0]
     for logits in decoder(views, views, torch.arange(3).expand(4, 3)), *decoder(views, views, ((4, 4), (2, 1))):
         assert logits.isfinite().all()
+        assert torch.allclose(logits[0, 0], logits[0, 1], atol=0.02)
 
 
 @pytest.mark.parametrize(("ridge", "price"), [(-50.0, 50.0), (-8.0, 15.0), (50.0, 50.0), (-50.0, -50.0)])
