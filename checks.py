@@ -88,7 +88,7 @@ def check_batches(own: Own) -> Iterator[tuple]:
     yield bad, "two batches in a row are equal", "The loader repeats itself: does an index stand still, or a seed?"
     yield own.changes, "the data set's example 0 changes when it is asked for", "Does x -= mean in place? Copy first."
     kept, vary = [batch for batch in kept if [x.shape for x in batch] == [x.shape for x in kept[0]]], []
-    for i in range(len(kept[0])) if own.size > 7 else ():
+    for i in [i for i, x in enumerate(kept[0]) if x.ndim] if own.size > 7 else ():
         x = torch.stack([batch[i] for batch in kept]).reshape(len(kept), own.size, -1)[:, :, :9999].double().cpu()
         within = x.var(1, correction=0).sum(1).mean() / x.flatten(0, 1).var(0, correction=0).sum()
         vary.append(not within.isnan())
@@ -267,9 +267,9 @@ def practise(own: Own, steps: int, plain: float = 0, adam: bool = False) -> tupl
     for group in p.optimizer.param_groups if plain else ():
         group["lr"] = plain * group.get("initial_lr", group["lr"])
     start = own.measure(p, own.few, train=True)  # of batch norm, too, the answers are not from the untrained statistics
-    while len(rates) < steps and time.perf_counter() - started < SECONDS:
+    while not rates or (len(rates) < steps and time.perf_counter() - started < SECONDS):
         rates.append(max(float(group["lr"]) for group in p.optimizer.param_groups))
-        if p.step and not plain:
+        if p.step and (not plain or isinstance(p.optimizer, torch.optim.LBFGS)):
             p.step(own.copy(own.few))
             continue
         p.optimizer.zero_grad()
@@ -302,7 +302,7 @@ def check_steps(own: Own) -> Iterator[tuple]:
     run, start, end, rates = practise(own, 10)
     new, owned = matrices(run.model), {id(q) for g in run.optimizer.param_groups for q in g["params"]}
     due = [name for name, q in new.items() if q.grad is not None] or new  # a part may be frozen on purpose
-    moved = {name: ((new[name] - old[name]).norm() / old[name].norm()).item() for name in due if old[name].any()}
+    moved = {n: ((new[n] - old[n]).norm() / (old[n].norm() or new[n].norm() or 1)).item() for n in due}
     low, rate = min(moved, key=moved.get), f"the learning rate of {rates[0]:g}"
     figure = f"matrices move by {moved[low]:.0e} of their size or more in ten steps, loss {start:.4g} to {end:.4g}"
     why = f"{rate}, or no step()" if id(new[low]) in owned else "it is not among the optimiser's parameters"
@@ -337,9 +337,7 @@ def check_overfit(own: Own) -> Iterator[tuple]:
         yield dead, figure, f"The learning rate is dead after {dead} steps: a schedule stepped in each batch?"
         for factor in (1, 10, 0.1, 100, 0.01, 0):
             loss = practise(own, STEPS, factor or 1, adam=not factor)[2]
-            why = (
-                f"The learning rate {rates[-1]:.1g} is too {'low' if factor > 1 else 'high'}: with {factor} times that"
-            )
+            why = f"The learning rate {rates[-1]:.1g} is too {('high', 'low')[factor > 1]}: with {factor} times that"
             why = {1: "step() is in the way: in a plain loop", 0: "Try AdamW at 1e-3: with it"}.get(factor, why)
             slow = WARNING if end < 0.75 * base and loss < 0.5 * end else loss < 0.5 * end
             yield slow, figure, f"{why} the loss falls to {loss:.3g}."

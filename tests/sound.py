@@ -264,6 +264,19 @@ def a_closure():
 
 
 @sound
+def zeros_at_first():
+    m = nn.Linear(20, 3)
+    nn.init.zeros_(m.weight)
+    return m, classify, data(), adam(m)
+
+
+@sound
+def a_number_beside_each_batch():
+    m = mlp()
+    return m, classify, [(*batch, torch.tensor(1.0)) for batch in data()], adam(m)
+
+
+@sound
 def noise_of_ones_own():
     class Noisy(Dataset):
         x, y, rng = torch.randn(128, 20), torch.randint(3, (128,)), np.random.default_rng()

@@ -17,7 +17,7 @@ from pieces import MISTAKES
 from sound import SOUND
 from torch import nn
 
-from checks import FAILED, OK, WARNING, diagnose
+from checks import FAILED, OK, SKIPPED, WARNING, diagnose
 
 NAMED = {  # mistake: what a student reads
     "broadcast_by_hand": "use squeeze(1)",
@@ -138,6 +138,32 @@ def test_warnings_are_the_first_suspects_and_results_say_what_was_looked_at():
     assert diagnose(functools.partial(setup, True))["start"].status == WARNING
     results = diagnose(functools.partial(setup, False))
     assert results["steps"].status == OK and "give step" in results["steps"].figure
+
+
+def test_a_network_whose_loss_takes_longer_than_there_is_time(monkeypatch):
+    monkeypatch.setattr("checks.SECONDS", 0.0)
+    results = diagnose(SOUND["zeros_at_first"])
+    assert results["steps"].status == OK and results["overfit"].status == SKIPPED
+
+
+def test_an_optimiser_with_a_closure_whose_steps_are_too_small():
+    def setup():
+        model, loss, batches, _, _ = SOUND["a_closure"]()
+        optimizer = torch.optim.LBFGS(model.parameters(), lr=1e-6)
+
+        def step(batch):
+            def closure():
+                optimizer.zero_grad()
+                value = loss(model, batch)
+                value.backward()
+                return value
+
+            optimizer.step(closure)
+
+        return model, loss, batches, optimizer, step
+
+    _, result = first(setup)
+    assert result and "TypeError" not in result.figure + result.why
 
 
 GOOD = """

@@ -7,6 +7,7 @@ from planted import FAULTS
 
 import checks
 import ladder
+import models
 from augment import generator
 from engine import Trainer
 from ladder import CHECKS
@@ -155,6 +156,24 @@ def test_healthy_choices_pass_the_checks_before_learning(debug, monkeypatch, arg
     monkeypatch.setattr(ladder, "CHECKS", dict(list(CHECKS.items())[:8]))
     end = debug(*args)
     assert end.status == 0 and end.out.count("✗") == 0, end.out
+
+
+def test_a_matrix_that_is_zero_at_first_may_move_as_it_likes(debug, monkeypatch):
+    """As the class token of a vision transformer."""
+
+    def forward(self, images):
+        return plain(self, images) * (1 + self.token.sum())
+
+    def start(self, *args):
+        build(self, *args)
+        self.token = torch.nn.Parameter(torch.zeros(2, 2))
+
+    plain, build = models.ConvEncoder.forward, models.ConvEncoder.__init__
+    monkeypatch.setattr(models.ConvEncoder, "forward", forward)
+    monkeypatch.setattr(models.ConvEncoder, "__init__", start)
+    monkeypatch.setattr(ladder, "CHECKS", {"step": CHECKS["step"]})
+    end = debug()
+    assert end.status == 0 and "✓" in end.out, end.out
 
 
 def test_a_folder_with_copies_in_val_fails_the_data_check(debug, labelled):
