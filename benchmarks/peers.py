@@ -28,9 +28,9 @@ from data import get_dataloaders, open_pretext
 from engine import AMP, DEVICES, Trainer, choose_amp, choose_device, device_name
 from harness import checkpoint, command, folder, ranks
 from harness.download import ARCHIVES
-from harness.errors import UsageError
+from harness.errors import UsageError, ValueProblem
 from harness.files import write_json
-from models import build_encoder
+from models import build_encoder, check_size
 from tasks import Task
 from train_pretext import HOLD, view_size
 
@@ -157,6 +157,7 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     add("--out", type=command.place, help="the run's folder (default: runs/METHOD-DATA-ENCODER-TIME)")
     add("--overwrite", action="store_true", help="replace the run that --out holds")
     add("--resume", type=command.place, metavar="FOLDER", help="go on with the run in this folder (default: a new run)")
+    parser.set_defaults(ranges={})
     args = parser.parse_args()
     if NTXentLoss is None:
         raise UsageError("lightly is not installed: pip install -r benchmarks/requirements.txt")
@@ -174,6 +175,12 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
 def make_model(args: argparse.Namespace) -> tuple[nn.Module, Agree]:
     """The network and its task. Raises UsageError if there is no such encoder, or if the views are too small for it."""
     encoder = build_encoder(args.encoder, args.size, args.widths or ())
+    if args.grow:
+        try:
+            check_size(encoder, args.encoder, smallest := view_size(1, args.epochs, args.size))
+        except ValueProblem as error:
+            problem = f"starts with views of {smallest} px, which {args.encoder} does not take; leave it out"
+            raise ValueProblem("grow", None, problem) from error
     D, width = encoder.out_features, args.width
     if args.method == "simclr":
         model = Headed(encoder, heads.SimCLRProjectionHead(D, width, PROJECTION))
@@ -198,7 +205,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model, task = make_model(args)
     place = folder.choose(args, args.method)
-    images, rows, val = open_pretext(args.data, args.size, args.data_dir, args.batch_size)
+    images, rows, val = open_pretext(args.data, args.size, args.data_dir, args.batch_size, args.ranges)
+    args.ranges = dict(images.listing.ranges)
     loader, _ = get_dataloaders(images, rows, val, args.batch_size, args.seed, device)
     steps, hold = args.epochs * len(loader), HOLD if args.grow else None
     trainer = Trainer(model, task, lr=args.lr, steps=steps, hold=hold, seed=args.seed, device=device, amp=amp)

@@ -89,7 +89,7 @@ def load_last(folder: Path, warn: Callable[[str], None] = print) -> dict:
     for file in there:
         try:
             state = load(file)
-        except UsageError as error:
+        except (UsageError, FileNotFoundError) as error:  # another rank may have renamed it
             damaged[file] = error
             continue
         for bad, error in damaged.items():

@@ -125,6 +125,8 @@ def make(folder: Path, args: argparse.Namespace, device: str) -> Path:
                 number += 1
                 folder = folder.with_name(f"{name}-{number}")
         hold(folder / ".lock")
+        if not resumed and not args.overwrite and _run_files(folder):
+            raise UsageError(f"--out {folder} holds a run by now; give another folder, or --overwrite it")
         if resumed:
             (folder / "summary.json").unlink(missing_ok=True)  # a run that has it is complete
         for file in _run_files(folder) if not resumed else []:

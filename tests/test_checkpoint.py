@@ -92,6 +92,20 @@ def test_a_damaged_checkpoint_does_not_replace_the_good_one(tmp_path):
     assert checkpoint.load_last(tmp_path, said.append) == {"epoch": 1}
 
 
+def test_another_rank_renames_what_is_damaged(tmp_path, monkeypatch):
+    for epoch in (1, 2):
+        checkpoint.save_last({"epoch": epoch}, tmp_path)
+    (tmp_path / checkpoint.LAST).write_bytes(b"damaged")
+    load = checkpoint.load
+
+    def late(file):
+        (tmp_path / checkpoint.LAST).unlink(missing_ok=True)
+        return load(file)
+
+    monkeypatch.setattr(checkpoint, "load", late)
+    assert checkpoint.load_last(tmp_path, lambda warning: None) == {"epoch": 1}
+
+
 def test_a_lock_is_held_by_one(tmp_path):
     held = files.lock(tmp_path / "lock")
     with pytest.raises(BlockingIOError):

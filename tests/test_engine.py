@@ -107,10 +107,18 @@ def test_a_non_finite_loss_stops_the_run_and_says_what_to_try(loaders):
         t.train_epoch(loaders[0], 0, Bar())
 
 
+def unfused(t):
+    """An optimiser as on Apple's GPUs: it takes no word of a broken step, so that such a step has to be left out."""
+    groups = [{name: group[name] for name in ("params", "rate", "weight_decay")} for group in t.optimizer.param_groups]
+    t.optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=False)
+    return t
+
+
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("where", ["output", "gradient"])
-def test_divergence_harms_no_weight_and_is_traced(loaders, where):
+def test_divergence_harms_no_weight_and_is_traced(loaders, where, fused):
     """From the third step on, numbers are not finite; the weights are those after the second."""
-    t = trainer()
+    t = trainer() if fused else unfused(trainer())
     kept = []
 
     def poison(module, inputs, output):
@@ -134,10 +142,27 @@ def test_divergence_harms_no_weight_and_is_traced(loaders, where):
     assert all(torch.equal(p, kept[0][name]) for name, p in t.model.named_parameters())
 
 
+def test_the_step_that_broke_is_traced_with_the_same_units_dropped(loaders):
+    """In dropout's mask, too, a step depends on seed, epoch and number alone."""
+    t = trainer(lr=1e-3)
+    masks = {}
+
+    def drop(module, inputs, output):
+        mask = torch.rand(output.shape[1:]) < 0.5
+        masks.setdefault(t.taken, []).append(mask)
+        return output * mask * (float("inf") if t.taken >= 2 else 1)
+
+    t.model.encoder.stages[1].register_forward_hook(drop)
+    with pytest.raises(RunError, match="step 3 of epoch 1"):
+        t.train_epoch(loaders[0], 0, Bar())
+    assert torch.equal(masks[2][0], masks[t.taken][-1])
+
+
 def test_bf16(loaders):
-    t = trainer(amp=True)
+    t, seen = trainer(amp=True), set()
+    t.model.encoder.stages[0].register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
     means = t.train_epoch(loaders[0], 0, Bar())
-    assert means["loss"] < 10 and all(p.dtype == torch.float32 for p in t.model.parameters())
+    assert means["loss"] < 10 and seen == {torch.bfloat16}
 
 
 def test_weight_decay_leaves_biases_and_normalisation_alone():
@@ -248,7 +273,7 @@ def test_steps_that_are_recorded_are_those_that_are_not(cache, decoder):
 @pytest.mark.parametrize("graphs", [True, False])
 def test_a_run_of_a_cpu_goes_on_on_a_gpu(cache, loaders, graphs):
     old = trainer(steps=1000)
-    old.task, old.model = MixupTransform("batch", size=16), old.model
+    old.task = MixupTransform("batch", size=16)
     old.train_epoch(loaders[0], 0, Bar())
     new = gpu_trainer("cosine", graphs=graphs)
     new.restore(copy.deepcopy(old.state()))
@@ -280,11 +305,8 @@ def test_a_step_that_cannot_be_recorded_is_taken_as_it_is(cache, capsys):
     assert {int(state["step"]) for state in t.optimizer.state.values()} == {20}
 
 
-def test_an_optimiser_that_is_not_fused(loaders):
-    """As on Apple's GPUs: it takes no word of a broken step, so the step is left out."""
-    t = trainer()
-    groups = [{name: group[name] for name in ("params", "rate", "weight_decay")} for group in t.optimizer.param_groups]
-    t.optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=False)
+def test_a_run_with_an_optimiser_that_is_not_fused_goes_on_with_one_that_is(loaders):
+    t = unfused(trainer())
     before = {name: p.clone() for name, p in t.model.named_parameters()}
     t.train_epoch(loaders[0], 0, Bar())
     assert not all(torch.equal(p, before[name]) for name, p in t.model.named_parameters())

@@ -52,6 +52,7 @@ def test_a_peer_learns_can_be_stopped_and_is_a_start(script, cache, monkeypatch,
         (("simclr", "--prototypes", 64), "--prototypes is of swav"),
         (("byol", "--temperature", 0.2), "--temperature is of simclr and swav"),
         (("swav", "--encoder", "convnext_tiny", "--size", 8), "--size 8 is too small"),
+        (("swav", "--encoder", "convnext_tiny", "--grow"), "--grow starts with views of 16 px, which convnext_tiny"),
     ],
 )
 def test_wrong_use_is_one_line(script, cache, args, message):

@@ -1,5 +1,6 @@
 """Where a run was started: terminals that close, shells that ignore signals, logs, folders with spaces."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -17,6 +18,9 @@ import pytest
 import torch
 from conftest import ROOT
 from test_resume import CLOCKS, history, same, weights
+
+from harness import folder
+from harness.errors import UsageError
 
 QUICK = ("--epochs", 3, "--size", 8, "--batch-size", 256)
 fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))  # of Unix
@@ -108,6 +112,17 @@ def test_overwrite_replaces_runs_alone(script, cache):
     end = script("train_pretext.py", *QUICK, "--data-dir", cache, "--out", "mine", "--overwrite")
     assert end.status == 2 and "summary.json there is not of a run of this project" in end.err
     assert Path("mine", "summary.json").read_text() == "{}"
+
+
+def test_a_run_that_ends_while_another_one_decodes_is_not_replaced(short_run, tmp_path):
+    """Both were told the same folder, which held no run then."""
+    words = {"out": str(tmp_path / "run"), "data": "photos", "data_dir": "data", "encoder": "conv", "overwrite": False}
+    args = argparse.Namespace(**words)
+    place = folder.choose(args, "pretext")
+    shutil.copytree(short_run, place)
+    with pytest.raises(UsageError, match="holds a run by now"):
+        folder.make(place, args, "cpu")
+    assert summary(place) == summary(short_run)
 
 
 def test_compiling_without_a_compiler(script, cache, short_run, monkeypatch):

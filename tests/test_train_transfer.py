@@ -151,15 +151,6 @@ def test_full_memory_is_one_line(transfer, monkeypatch):
     assert end.status == 1 and end.err == "train_transfer.py: the memory is full; lower --batch-size or --size\n"
 
 
-def test_what_a_pretext_run_leaves_is_a_start(script, cache):
-    end = script(
-        "train_pretext.py", "--epochs", 1, "--size", 8, "--batch-size", 512, "--data-dir", cache, "--out", "pretext"
-    )
-    assert end.status == 0, end.err
-    end = script("train_transfer.py", "pretext", "--mode", "knn", "--data-dir", cache, "--out", "transfer")
-    assert end.status == 0, end.err
-
-
 def test_a_torchvision_encoder_loads_without_this_project(script, cache):
     end = script(
         "train_pretext.py", "--epochs", 1, "--encoder", "resnet18", "--batch-size", 512, "--data-dir", cache,
