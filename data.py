@@ -115,7 +115,7 @@ def _list_folder(root: Path) -> Listing:
         if (root / split).is_dir() and any(folders.values()) and not names:
             refuse(f": no usable image for {split}: expected {split}/CLASS/IMAGE, and there is no class")
     if (root / "val").is_dir() and not labelled:
-        problem = "what is in val/ is never trained on, and without train/CLASS/ and val/CLASS/ all images are"
+        problem = "what is in val/ is never trained on, but without train/CLASS/ and val/CLASS/ all images would be"
         refuse(f": {problem}; make these folders, or give the folder of those to train on")
     usual = {name.lower(): name for name in _folders(root)}
     trained, held = ([usual[name] for name in names if name in usual] for names in (TRAINED, HELD_OUT))
@@ -152,7 +152,7 @@ def _list_folder(root: Path) -> Listing:
     notes = [f"nothing is in {'/, '.join(empty[:5])}/" + f" and {len(empty) - 5} more" * (len(empty) > 5)] * bool(empty)
     notes += [f"{name} is the only class, with no other to tell it from" for name in classes * (len(classes) == 1)]
     notes += [f"the classes {' and '.join(map(ascii, names))} look the same, and are two" for names in twins]
-    notes += [f"a class is all that is in its folder: {list(nested.values())[0]} is none"] if nested else []
+    notes += [f"{list(nested.values())[0]} is none of the classes, but part of one"] if nested else []
 
     numbers = {name: number for number, name in enumerate(classes)}
     entries = [Entry(path, split, numbers.get(name, UNLABELLED)) for path, split, name in found]

@@ -61,7 +61,7 @@ def parse() -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace the run that --out holds")
     args = parser.parse_args()
     if args.own:
-        parser.refuse(vars(args).keys() - {"own", "n", "seed", "device"}, "is not for --own, whose file has the parts")
+        parser.refuse(vars(args).keys() - {"own", "n", "seed", "device"}, "is not for --own; use --n, --seed, --device")
     if args.candidates == "batch":
         args.candidates = args.n  # the examples are the batch
     return args

@@ -366,7 +366,7 @@ class Trainer:
         for name, parameter in reversed(list(self.model.named_parameters())):  # in backward order: the last layer first
             if parameter.grad is not None and not parameter.grad.isfinite().all():
                 return f"the gradient of {name} is the first that is not"
-        return "it does not come up again"
+        return "they are finite when the step is repeated"
 
     def _rng(self, epoch, batch):
         """A step's generator; seeds layers that draw. torch.manual_seed would seed unused devices, too, in 0.1 ms."""

@@ -6,8 +6,8 @@
     python train_transfer.py --resume runs/NAME                             go on with a command that was stopped
 
 A START is a pretext run's folder, an encoder.pt, or the word `scratch`: the same network with random weights. The
-protocol is fast.ai's Image网: train on every class of train/, validate on val/, which holds some of them only, at the
-last epoch. The classes of val/ have a tenth of the labels, so figures are corrected for the class prior; those without
+protocol is fast.ai's Image网: train on every class of train/, and after the last epoch test on val/, which holds only
+some of them. These have few labels (a tenth), so figures are corrected for the class prior; those without
 the correction stand beside them. The folder gets settings.json, summary.json, predictions.csv and what TensorBoard
 shows: curves, confusion matrices and the most confident mistakes.
 
@@ -88,7 +88,7 @@ def main() -> None:
     warned = data.images.warn_of_skipped(args.allow_skipped)
     for start, (kind, own) in itertools.product(starts, data.images.listing.ranges.items()):
         if start.state is not None and start.ranges.get(kind) != own:
-            print(f"note: {start.name} saw {kind} images at another scale, or none", file=sys.stderr)
+            print(f"note: {start.name} learnt from {kind} images at another scale, or from none", file=sys.stderr)
     runs = saved["runs"] if saved else []
     state = {"script": "train_transfer", "format": folder.FORMAT, "settings": vars(args)}
     state |= {"data": data.images.identity(), "starts": {start.name: start.digest for start in starts}}

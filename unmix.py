@@ -41,7 +41,7 @@ def parse() -> argparse.Namespace:
     if len(args.images) < 2:
         raise UsageError("one image is given; give two or more candidates")
     if args.mixture:
-        parser.refuse({"weights", "seed"}, "is of mixtures that are made here; --mixture is one already")
+        parser.refuse({"weights", "seed"}, "is of mixtures that are made here; with --mixture none is: leave one out")
     elif len(args.weights) > len(args.images):
         raise UsageError(f"--weights has {len(args.weights)} numbers for {len(args.images)} images; give fewer")
     elif not all(0 < weight < 1 for weight in args.weights) or abs(sum(args.weights) - 1) > 1e-3:

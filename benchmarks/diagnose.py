@@ -5,7 +5,7 @@
     python benchmarks/diagnose.py o16 o20           some of them, in full; nothing is written
 
 benchmarks/results/diagnose.json keeps what was found first, before the checks had ever seen these programs, and last.
-Whether the cause that is named is the real one, `named`, a person has judged; it holds while the words stay the same.
+There, `named` says whether the cause is the real one. A person judged it, so it holds only for the same words.
 """
 
 import contextlib

@@ -166,7 +166,7 @@ def refuse_earlier(file: Path) -> None:
     """Raises UsageError if results in a file are of an earlier version, whose encoder and recipes are others."""
     results = json.loads(file.read_text("utf-8"))
     if any(result.get("format") != FORMAT for result in (results if isinstance(results, list) else [results])):
-        raise UsageError(f"{file} is of an earlier version; move all of its encoder and epochs away to have others")
+        raise UsageError(f"{file} is of an earlier version; move all results of its encoder and epochs elsewhere")
 
 
 def pretrain(args: argparse.Namespace, recipe: str, out: Path, log: Path) -> None:

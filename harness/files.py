@@ -90,7 +90,7 @@ def release() -> None:
 def refuse_inside(images: str, name: str, place: str | Path) -> None:
     """Raises ValueProblem about `name` if files written to `place` would be taken for images of the folder `images`."""
     if Path(images).is_dir() and Path(place).resolve().is_relative_to(Path(images).resolve()):
-        raise ValueProblem(name, place, f"is inside {images}, whose images it would be taken for; give one elsewhere")
+        raise ValueProblem(name, place, f"is inside {images}, whose images its files would join; give one elsewhere")
 
 
 def ignored(folder: str) -> bool:

@@ -157,7 +157,7 @@ def test_a_start_of_another_scale_is_named(script, deep):
         )
         Path(name, "settings.json").write_text(json.dumps({"settings": settings}))
     end = script("train_transfer.py", "same", "other", "old", "scratch", "--mode", "knn", "--out", "knn")
-    note = "note: {} saw 16-bit images at another scale, or none\n"
+    note = "note: {} learnt from 16-bit images at another scale, or from none\n"
     assert end.status == 0 and end.err == note.format("other") + note.format("old")
 
 
