@@ -315,10 +315,11 @@ def cell(runs: list[dict], ours: list[dict], title: str, half: str) -> str:
 
 
 def brief(results: dict[tuple[str, int, str], list[dict]]) -> str:
-    """Markdown: the first three figures of scratch and after 100 epochs or more, on the half no choice was made on."""
+    """Markdown: the first three figures of scratch, of runs of 100 epochs or more, and of the default encoder, on the half
+    that no choice was made on."""
     lines = ["| pretraining | epochs | encoder | seeds | linear | kNN | 25 labels |", "|---" * 7 + "|"]
     for (encoder, epochs, name), runs in results.items():
-        if name in BRIEF and (epochs >= 100 or not epochs):
+        if name in BRIEF and (epochs >= 100 or not epochs or list(WIDTHS) == runs[0]["widths"]):
             ours = results.get((encoder, epochs, OURS), []) if name != OURS else []
             cells = [cell(runs, ours, title, "report") for title in list(FIGURES)[:3]]
             start = [BRIEF[name], str(epochs), encoder, str(len(runs))]
