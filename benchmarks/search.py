@@ -315,7 +315,7 @@ def cell(runs: list[dict], ours: list[dict], title: str, half: str) -> str:
 
 
 def brief(results: dict[tuple[str, int, str], list[dict]]) -> str:
-    """Markdown: the first three figures of scratch, of runs of 100 epochs or more, and of the default encoder, on the half
+    """Markdown: the first three figures of scratch, of long runs and of the default encoder, on the half of the images
     that no choice was made on."""
     lines = ["| pretraining | epochs | encoder | seeds | linear | kNN | 25 labels |", "|---" * 7 + "|"]
     for (encoder, epochs, name), runs in results.items():
