@@ -305,10 +305,10 @@ def view_size(epoch: int, epochs: int, size: int) -> int:
 
 def training_sample(dataset: ImageDataset, val_loader: DataLoader) -> DataLoader | None:
     """As many training images as there are validation images, in blocks of the same sizes; None if there are fewer."""
-    count = len(val_loader.dataset)
-    if len(dataset) < count:
+    if len(dataset) < (count := len(val_loader.dataset)):
         return None
-    sample = ImageDataset(dataset.images, spread(dataset.rows, count), dataset.resident)
+    rows = dataset.rows[torch.randperm(len(dataset), generator=generator(0))[:count].numpy()]  # of all classes
+    sample = ImageDataset(dataset.images, rows, dataset.resident)
     return DataLoader(sample, batch_sampler=val_loader.batch_sampler, collate_fn=sample.collate)
 
 

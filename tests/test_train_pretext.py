@@ -326,6 +326,24 @@ def test_several_processes_without_torchrun(tmp_path):
     assert end.returncode == 2 and "start several processes with torchrun" in end.stderr and "Trace" not in end.stderr
 
 
+def test_training_images_that_get_the_validation_question_are_of_all_classes_in_each_block(cache):
+    """As validation images are. Neighbours in the list are of one class, and harder to tell apart."""
+    from data import get_dataloaders, open_pretext
+    from train_pretext import training_sample
+
+    images, train, _ = open_pretext("photos", 8, cache, 8)
+    entries = [images.listing.entries[row].path.split("/")[-1].split("-")[0] for row in train]
+    train_loader, val_loader = get_dataloaders(images, train, range(600), 8, 0)
+    sample = training_sample(train_loader.dataset, val_loader)
+    rows = sample.dataset.rows.tolist()
+    assert len(set(rows)) == len(rows) == 600 and set(rows) <= set(train)
+    kinds = dict(zip(train, entries, strict=True))
+    for block in val_loader.batch_sampler:
+        seen = {kinds[row] for row in rows[block]}
+        assert len(seen) > 0.8 * len(set(entries))
+    assert training_sample(val_loader.dataset, train_loader) is None
+
+
 GROWN = [16, 16, 24, 32]
 
 
