@@ -106,12 +106,16 @@ def build_encoder(name: str, size: int | None = None, widths: Sequence[int] = ()
     return encoder.train()
 
 
-def check_size(encoder: nn.Module, name: str, size: int) -> None:
-    """Put an encoder into eval mode. Raises UsageError if it takes no views of `size` px, or gives no B D."""
+def check_size(encoder: nn.Module, name: str, size: int, growing: bool = False) -> None:
+    """Put an encoder into eval mode. Raises UsageError if it takes no views of `size` px, with which `growing` views
+    start, or gives no B D."""
     try:
         with torch.no_grad():
             features = encoder.eval()(torch.zeros(1, 3, size, size))
     except (RuntimeError, AssertionError, ValueError) as error:
+        if growing:
+            problem = f"starts with views of {size} px, which {name} does not take; leave it out"
+            raise ValueProblem("grow", None, problem) from error
         problem = f"is too small for the encoder {name}; {USUAL_SIZE} px fit all networks of torchvision"
         if size > USUAL_SIZE:
             problem = f"does not fit the encoder {name}, which takes views of {USUAL_SIZE} px only"

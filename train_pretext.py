@@ -129,11 +129,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model = build_model(args.encoder, args.decoder, args.size, task.classes, args.widths)
     if args.grow:
-        try:
-            check_size(model.encoder, args.encoder, smallest := view_size(1, args.epochs, args.size))
-        except ValueProblem as error:
-            problem = f"starts with views of {smallest} px, which {args.encoder} does not take; leave it out"
-            raise ValueProblem("grow", None, problem) from error
+        check_size(model.encoder, args.encoder, view_size(1, args.epochs, args.size), growing=True)
     if args.batch_size % RANKS:
         raise UsageError(f"--batch-size {args.batch_size} is not a multiple of the {RANKS} processes; change one")
     place = folder.choose(args, "pretext")

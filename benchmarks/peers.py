@@ -28,7 +28,7 @@ from data import get_dataloaders, open_pretext
 from engine import AMP, DEVICES, Trainer, choose_amp, choose_device, device_name
 from harness import checkpoint, command, folder, ranks
 from harness.download import ARCHIVES
-from harness.errors import UsageError, ValueProblem
+from harness.errors import UsageError
 from harness.files import write_json
 from models import build_encoder, check_size
 from tasks import Task
@@ -176,11 +176,7 @@ def make_model(args: argparse.Namespace) -> tuple[nn.Module, Agree]:
     """The network and its task. Raises UsageError if there is no such encoder, or if the views are too small for it."""
     encoder = build_encoder(args.encoder, args.size, args.widths or ())
     if args.grow:
-        try:
-            check_size(encoder, args.encoder, smallest := view_size(1, args.epochs, args.size))
-        except ValueProblem as error:
-            problem = f"starts with views of {smallest} px, which {args.encoder} does not take; leave it out"
-            raise ValueProblem("grow", None, problem) from error
+        check_size(encoder, args.encoder, view_size(1, args.epochs, args.size), growing=True)
     D, width = encoder.out_features, args.width
     if args.method == "simclr":
         model = Headed(encoder, heads.SimCLRProjectionHead(D, width, PROJECTION))

@@ -247,9 +247,9 @@ def gradients_in_the_loss():
 
 
 @sound
-def a_closure():
+def a_closure(rate=0.1):
     m = mlp()
-    optimizer = torch.optim.LBFGS(m.parameters(), lr=0.1)
+    optimizer = torch.optim.LBFGS(m.parameters(), lr=rate)
 
     def step(batch):
         def closure():
