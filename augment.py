@@ -69,14 +69,8 @@ def unpack(buffer: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Ten
 
 
 @functools.cache
-def _constants(device: torch.device) -> tuple[torch.Tensor, ...]:
-    """MEAN, STD, GREY / 255 and -MEAN / STD on a device, copied once: a copy in each step would make the CPU wait."""
-    return MEAN.to(device), STD.to(device), GREY.to(device) / 255, -MEAN.to(device) / STD.to(device)
-
-
-@functools.cache
 def _centres(count: int, device: torch.device) -> torch.Tensor:
-    """The middles of `count` equal parts of [0, 1]: count."""
+    """The middles of `count` equal parts of [0, 1]: count. Copied once: in each step the CPU would wait."""
     return ((torch.arange(count) + 0.5) / count).to(device)
 
 
@@ -100,37 +94,41 @@ def draw_views(count: int, rng: torch.Generator) -> torch.Tensor:
 
 
 def draw_boxes(left, width, top, height, colour=((1, 0, 0), (0, 1, 0), (0, 0, 1)), tint=0.0) -> torch.Tensor:
-    """A table for `make_views` of N views with given boxes, on the CPU, from arrays or tensors there. Left, width, top
-    and height, N each, are shares of the image; a negative width mirrors. `colour`, N 3 3, takes pixels to colours
-    (default: as they are), to which `tint`, N, times the view's mean grey is added."""
-    N, std = len(left), STD.numpy()
+    """A table for `make_views` of N views with boxes within the image, on the CPU, from arrays or tensors there. Left,
+    width, top and height, N each, are shares of the image; a negative width mirrors. `colour`, N 3 3, takes pixels to
+    colours (default: as they are), to which `tint`, N, times the view's mean grey is added."""
+    N, white = len(left), 255 * STD.numpy()[:, None]
     colour, tint = np.broadcast_to(colour, (N, 3, 3)), np.broadcast_to(tint, N)
-    parts = left, top, width, height, colour / (255 * std[:, None]), tint[:, None] / std
-    return torch.from_numpy(np.concatenate([np.ravel(part) for part in parts], dtype=np.float32))  # 16 * N
+    black = np.broadcast_to((-MEAN / STD).numpy(), (N, 3))
+    parts = left, top, width, height, colour / white, tint[:, None, None] * (GREY.numpy() / white), black
+    return torch.from_numpy(np.concatenate([np.ravel(part) for part in parts], dtype=np.float32))  # 25 * N
 
 
 def make_views(images: torch.Tensor, size: int, table: torch.Tensor) -> torch.Tensor:
     """Views of a batch, normalised, from a table with V of each image, on its device: the first of every image, then
-    the second ones, and so on: B 3 H H uint8 -> V B 3 S S, S = size."""
+    the second ones, and so on: B 3 H H uint8 -> V B 3 S S, S = size. In autocast's precision, if it is on."""
     B, _, H, W = images.shape
-    N = len(table) // 16
-    V = N // B
-    start, length, colour, tint = table.split([2 * N, 2 * N, 9 * N, 3 * N])
-    # Matrices that resample H pixels to S, along both axes; the filter is a triangle.
-    centre = torch.addcmul(start[:, None], length[:, None], _centres(size, images.device))  # 2N S
-    support = (length.abs() / size).clamp(min=1 / H)[:, None, None]  # half of the filter's width
-    weights = (1 - (centre[:, :, None] - _centres(H, images.device)).abs_().div_(support)).clamp_(min=0)  # 2N S H
-    weights = weights / weights.sum(dim=2, keepdim=True)
-    columns, rows = weights.view(2, V, B, size, H)
-    pixels = images.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)  # B H 3 W
-    rows = rows.transpose(0, 1).reshape(B, V * size, H)
-    views = (rows @ pixels.view(B, H, 3 * W)).view(B, V, size * 3, W)
-    views = (views @ columns.transpose(0, 1).transpose(2, 3)).view(B, V, size, 3, size)  # B V S 3 S, in [0, 255]
+    N, kind = len(table) // 25, images.device.type
+    V, precision = N // B, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    boxes, colours = table.split([4 * N, 21 * N])
+    # Matrices that resample H pixels to S, along both axes; the filter is a triangle, so few pixels count.
+    start, length = (H * boxes).view(2, 2 * N, 1)  # px
+    centre = torch.addcmul(start, length, _centres(size, images.device))  # 2N S
+    support = length.abs().clamp_(min=size)  # 2N 1  S times half of the filter's width
+    count = math.ceil(2 * max(H / size, 1))
+    first = torch.sub(centre, support, alpha=1 / size).round_().clamp_(0, H - count)  # 2N S
+    pixels = torch.add(first[:, :, None], _centres(count, images.device), alpha=count)  # 2N S count  their middles
+    weights = torch.sub(support[:, :, None], (pixels - centre[:, :, None]).abs_(), alpha=size).clamp_(min=0)
+    shares = torch.div(weights, weights.sum(dim=2, keepdim=True), out=torch.empty_like(weights, dtype=precision))
+    filled = (part.view(2, V, B, size, count).transpose(1, 2) for part in (pixels.long(), shares))
+    columns, rows = shares.new_zeros(2, B, V, size, H).scatter_(4, *filled)
+    pixels = images.transpose(1, 2).to(precision, memory_format=torch.contiguous_format)  # B H 3 W
+    views = (rows.view(B, V * size, H) @ pixels.view(B, H, 3 * W)).view(B, V, size * 3, W)
+    views = (views @ columns.transpose(2, 3)).view(B, V, size, 3, size)  # B V S 3 S, in [0, 255]
     views = views.permute(1, 0, 3, 2, 4).reshape(N, 3, size * size)
-    _, _, luma, black = _constants(images.device)
-    grey = views.mean(dim=2) @ luma  # N, in [0, 1]
-    offset = torch.addcmul(black, tint.view(N, 3), grey[:, None])
-    return torch.baddbmm(offset[:, :, None], colour.view(N, 3, 3), views).view(V, B, 3, size, size)
+    colour, tint, black = (part.view(N, 3, -1) for part in colours.to(precision).split([9 * N, 9 * N, 3 * N]))
+    offset = torch.baddbmm(black, tint, views.mean(dim=2, keepdim=True))  # N 3 1
+    return torch.baddbmm(offset, colour, views).view(V, B, 3, size, size)
 
 
 def whole_view(images: torch.Tensor, size: int) -> torch.Tensor:
@@ -141,6 +139,6 @@ def whole_view(images: torch.Tensor, size: int) -> torch.Tensor:
 
 def to_pixels(views: torch.Tensor) -> torch.Tensor:
     """Undo the normalisation, for pictures: B 3 S S float -> B 3 S S uint8."""
-    mean, std, _, _ = _constants(views.device)
-    pixels = views * std[:, None, None] + mean[:, None, None]
+    mean, std = (part[:, None, None].to(views.device) for part in (MEAN, STD))
+    pixels = views * std + mean
     return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)

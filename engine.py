@@ -86,13 +86,13 @@ class Running:
     """Means of the scores of several steps, summed on the device."""
 
     def __init__(self, device: torch.device):
-        self.device, self.names, self.sums, self.count = device, [], 0, 0
+        self.device, self.names, self.sums, self.count = device, [], torch.zeros((), device=device), 0
         self.copied = None  # sums on their way from a GPU, their count, and an event behind them
 
     def add(self, scores: dict[str, torch.Tensor], weight: int = 1) -> None:
         """Count the scalars of one step, `weight` times."""
         self.names = list(scores)
-        self.sums = self.sums + weight * torch.stack([s.detach().float() for s in scores.values()])
+        self.sums = torch.add(self.sums, torch.stack([s.detach().float() for s in scores.values()]), alpha=weight)
         self.count += weight
 
     def peek(self) -> dict[str, float]:
@@ -117,7 +117,7 @@ class Running:
     def restore(self, state: dict) -> None:
         """Go on from what `state` returned."""
         self.names, self.count = state["names"], state["count"]
-        self.sums = state["sums"].to(self.device) if self.count else 0
+        self.sums = state["sums"].to(self.device) if self.count else self.sums
 
 
 def memory(device: torch.device) -> float:
@@ -207,8 +207,9 @@ class Trainer:
         self.model.to(self.device, memory_format=torch.channels_last)
         self.taken = 0  # steps
         self.running = Running(self.device)  # of this epoch
-        self.sound = torch.ones((), dtype=torch.bool, device=self.device)  # whether every step was finite
-        self.first, self.sound_steps = 0, torch.zeros((), dtype=torch.long, device=self.device)  # since the start
+        self.broken = torch.zeros((), device=self.device)  # 1 from a step on that was not finite
+        # In bf16 runs on a GPU, questions to learn from are asked in float16, which keeps more than a pixel's 8 bits.
+        self.half = torch.autocast(self.device.type, torch.float16, enabled=self.amp and self.device.type == "cuda")
         self.parallel = self.model  # the model, wrapped if there are several ranks
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # every batch has the same shape
@@ -235,28 +236,26 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         scores["loss"].backward()
         scores["gradient_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
-        self.sound.logical_and_(0 * (scores["gradient_norm"] + scores["loss"].detach()) == 0)  # both are finite
-        self.sound_steps.add_(self.sound)
-        if fused:  # it reads this on the device: from a broken step on, the weights stay as they are
-            self.optimizer.found_inf = torch.logical_not(self.sound, out=torch.empty_like(scores["gradient_norm"]))
-        if fused or self.sound:
+        self.broken.masked_fill_(0 * (scores["gradient_norm"] + scores["loss"].detach()) != 0, 1)  # one is not finite
+        if fused:  # it reads this on the device: from a broken step on, the weights and its count stay as they are
+            self.optimizer.found_inf = self.broken
+        if fused or not self.broken:
             self.optimizer.step()
         return {name: score.detach() for name, score in scores.items()}
 
     def learn(self, images: torch.Tensor, labels: torch.Tensor, step: int, rng: torch.Generator) -> dict:
         """`step` on a question about a batch of the loader."""
         if not self.recorded:
-            return self.step(self.ask(self.task, images, labels, rng), step)
+            return self.step(self.half(self.ask)(self.task, images, labels, rng), step)
         lr = torch.tensor(self._rate(step))
         drawn = [lr, *self.task.draw(images, rng)]
 
         def learn(images, labels, buffer):
             lr, *sent = unpack(buffer, drawn)
-            return self._learn(self.task.ask(images, sent, labels), lr)
+            return self._learn(self.half(self.task.ask)(images, sent, labels), lr)
 
-        buffer = pack(drawn, pinned=True)
         layout = self.task.size, *(part.shape for part in (images, *drawn))
-        scores = self.recorded(layout, learn, images, labels, buffer)
+        scores = self.recorded(layout, learn, images, labels, pack(drawn, pinned=True))
         self.taken = step + 1
         return scores
 
@@ -291,8 +290,7 @@ class Trainer:
         self, loader: Iterable, task, score: Callable | None = None, look: Callable | None = None, draw: int = 0
     ) -> dict[str, float]:
         """Means over the images of `loader`, in eval mode: the model's scores, or what `score(question)` returns.
-        `look(question, logits)` is called with every answer of the model. What is asked about a batch depends on its
-        number and on `draw` alone."""
+        `look(question, logits)` sees every answer. What is asked depends on the batch's number and on `draw` alone."""
         self.model.eval()
         running = Running(self.device)
         for block, (images, labels) in enumerate(loader):
@@ -328,19 +326,19 @@ class Trainer:
             group |= {name: self.optimizer.defaults[name] for name in ("fused", "capturable", "lr")}
         self.optimizer.load_state_dict(state["optimizer"])
         self.running.restore(state["running"])
-        self.taken = self.first = state["schedule"]["taken"]
+        self.taken = state["schedule"]["taken"]
 
     def check(self, loader: DataLoader) -> None:
         """Raises RunError if a step was not finite. Call this before the state is saved."""
-        if not self.sound:
+        if self.broken:
             self._checked(self.running.read(), loader)
 
     def _checked(self, means, loader):
         if all(math.isfinite(means.get(name, 0.0)) for name in ("loss", "gradient_norm")):
             return means
-        step = self.first + int(self.sound_steps)
+        step = max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
         loader.batch_sampler.epoch, loader.batch_sampler.first = epoch, batch = divmod(step, len(loader))
-        question = self.ask(self.task, *next(iter(loader)), self._rng(epoch, batch))
+        question = self.half(self.ask)(self.task, *next(iter(loader)), self._rng(epoch, batch))
         raise RunError(
             f"loss or gradient are not finite in step {batch + 1} of epoch {epoch + 1}, at a learning rate of "
             f"{self._rate(step):.3g}: {self.blame(question)}. The run stops before that step; "
@@ -381,5 +379,4 @@ class Trainer:
 
     @staticmethod
     def _show(bar, means):
-        figures = {name: f"{means[name]:.3f}" for name in means if name in ("loss", "source_accuracy", "accuracy")}
-        bar.set_postfix(figures, refresh=False)
+        bar.set_postfix({n: f"{means[n]:.3f}" for n in ("loss", "source_accuracy", "accuracy") if n in means}, False)

@@ -92,8 +92,7 @@ def torchvision_encoder(name: str) -> nn.Module:
 
 def build_encoder(name: str, size: int | None = None, widths: Sequence[int] = ()) -> nn.Module:
     """The encoder of that name, one of `ENCODERS`, with D in `out_features`. `widths`: channels of conv's convolutions.
-    Raises UsageError if the name is unknown, if the network cannot be used as an encoder, or if it does not take views
-    of `size` px (None: not checked)."""
+    Raises UsageError if the name is unknown, or the network is no encoder or not for views of `size` px, if given."""
     if name not in ENCODERS:
         close = ", ".join(difflib.get_close_matches(name, ENCODERS, 3) or ["resnet18"])
         problem = f"is unknown: use conv, or a classification network of torchvision, such as {close}"

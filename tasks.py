@@ -10,6 +10,7 @@
 
 TASKS, at the end, has them by name. docs/runs.md shows how to add one."""
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -155,8 +156,7 @@ class MixupTransform(WeightTask):
         """Sources B k, weights B k, the answer, views; and unless the whole batch is asked about, candidates B n. The
         answer is B n, of blocks M n. Raises UsageError if the batch is too small."""
         B, k, n = len(images), self.sources, self.candidates
-        batch = n == "batch"
-        if batch:  # the second question has n candidates
+        if batch := n == "batch":  # the second question has n candidates
             fitting = [few for few in self.few if k <= few <= B] or [k]
             n = fitting[int(torch.randint(len(fitting), (), generator=rng))]
         if n > B:
@@ -167,8 +167,8 @@ class MixupTransform(WeightTask):
         weights = (left * torch.cat([shares, torch.ones(1, B)])).T  # B k
         views = draw_views(B * (2 if self.views else 1), rng)
         if batch:
-            inside = torch.arange(B - B % n).view(-1, n)[:, : n - k + 1].flatten()  # all sources in one block of n
-            return [rows, weights, torch.zeros(len(inside), n).scatter_(1, rows[inside] % n, weights[inside]), views]
+            inside, places = _inside(B, k, n)
+            return [rows, weights, torch.zeros(len(inside), n).scatter_(1, places, weights[inside]), views]
         order = torch.rand(B, n, generator=rng).argsort(dim=1)
         return [rows[:, :k], weights, F.pad(weights, (0, n - k)).gather(1, order), views, rows.gather(1, order)]
 
@@ -179,7 +179,7 @@ class MixupTransform(WeightTask):
         seen, *others = make_views(images, self.size, views)  # B 3 S S  the view that is mixed
         asked = others[0] if others else seen  # B 3 S S  the view asked about
         parts = seen.flatten(1)[sources]  # B k 3*S*S
-        mixtures = (weights[:, None] @ parts).view_as(seen)
+        mixtures = (weights[:, None].to(parts.dtype) @ parts).view_as(seen)
         if candidates:
             return Question(mixtures, asked, *candidates, answer)
         every, n = weights.new_zeros(B, B).scatter_(1, sources, weights), answer.shape[1]
@@ -198,6 +198,13 @@ class MixupTransform(WeightTask):
     def validation(self, n: int = 3) -> "MixupTransform":
         """The fixed question: n candidates (3 in a run), two sources (one if `sources` is 1), weights of 0.1 to 0.9."""
         return MixupTransform(n, min(2, self.sources), SHARES, self.views, self.size, self.activation, self.loss)
+
+
+@functools.cache
+def _inside(B: int, k: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of B mixtures those with all sources in one block of n, M, and the sources' places in it, M k."""
+    inside = torch.arange(B - B % n).view(-1, n)[:, : n - k + 1].flatten()
+    return inside, (inside[:, None] + torch.arange(k)) % n
 
 
 class Duplicate(MixupTransform):
@@ -339,7 +346,7 @@ def compare(predicted: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.T
     source = weights > 0
     lightest_source = predicted.masked_fill(~source, float("inf")).amin(dim=1)
     heaviest_other = predicted.masked_fill(source, float("-inf")).amax(dim=1)
-    right = (lightest_source > heaviest_other).float().mean()
+    right = (lightest_source > heaviest_other).mean(dtype=torch.float32)
     return {"source_accuracy": right, "weight_mae": (predicted - weights).abs().mean()}
 
 

@@ -7,8 +7,7 @@
     torchrun --nproc_per_node=8 train_pretext.py …              on several devices
     tensorboard --logdir runs                                   watch it
 
-The run's folder gets settings.json, history.csv, summary.json, validation.png, checkpoint.pt, encoder.pt and what
-TensorBoard shows."""
+The run's folder gets settings.json, history.csv, summary.json, validation.png, checkpoint.pt, encoder.pt and logs."""
 
 import argparse
 import contextlib

@@ -39,9 +39,8 @@ def start(device: torch.device) -> torch.device:
 
 
 def leave(status: int) -> None:
-    """End this process at the end of a run, if there are others. The interpreter is not shut down: a thread of gloo
-    that still holds a tensor then may abort the process (pytorch issue 190489), and `destroy_process_group` does not
-    end these threads."""
+    """End this process at the end of a run, if there are others. The interpreter is not shut down: a thread of gloo,
+    which `destroy_process_group` does not end, may abort the process then (pytorch issue 190489)."""
     if RANKS > 1:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,6 +1,8 @@
+import pytest
 import torch
+import torch.nn.functional as F
 
-from augment import MEAN, STD, augment, generator, to_pixels, whole_view
+from augment import MEAN, STD, augment, draw_boxes, generator, make_views, to_pixels, whole_view
 
 
 def test_views_depend_on_the_key_alone(batch):
@@ -41,6 +43,35 @@ def test_resizing_does_not_alias():
     board = (torch.arange(64)[:, None] + torch.arange(64)) % 2 * 255
     view = whole_view(board.to(torch.uint8).expand(1, 3, 64, 64), 32) * STD[:, None, None] + MEAN[:, None, None]
     assert (view - 0.5).abs().max() < 0.02
+
+
+@pytest.mark.parametrize(
+    "side,size", [(64, 32), (64, 24), (33, 31), (20, 32), (8, 64), (256, 8), (7, 2), (2, 8), (9, 9)]
+)
+def test_resizing_is_that_of_torch(side, size):
+    """Every pixel that the filter covers counts, at the borders too."""
+    images = torch.randint(0, 256, (4, 3, side, side), dtype=torch.uint8, generator=generator(0))
+    resized = F.interpolate(images.float() / 255, size, mode="bilinear", antialias=True)
+    views = whole_view(images, size) * STD[:, None, None] + MEAN[:, None, None]
+    assert (views - resized).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("left,top", [(0.0, 0.0), (0.5, 0.25), (0.5, 0.5)])
+def test_a_crop_is_a_part_of_the_whole(batch, left, top):
+    box = [torch.full((24,), value) for value in (left, 0.5, top, 0.5)]
+    whole, size = whole_view(batch, 48), 24
+    x, y = round(48 * left), round(48 * top)
+    crop = make_views(batch, size, draw_boxes(*box))[0]
+    assert (crop - whole[:, :, y : y + size, x : x + size]).abs().max() < 1e-4
+    box[0], box[1] = box[0] + 0.5, -box[1]  # mirrored
+    assert (make_views(batch, size, draw_boxes(*box))[0] - crop.flip(3)).abs().max() < 1e-4
+
+
+def test_half_precision_keeps_more_than_a_pixel_s_8_bits(batch):
+    views = augment(batch, 32, generator(0))
+    with torch.autocast("cpu", torch.float16):
+        half = augment(batch, 32, generator(0))
+    assert half.dtype == torch.float16 and (half - views).abs().max() < 1 / 255 / STD.max()
 
 
 def test_whole_is_the_image_and_to_pixels_undoes_the_normalisation(batch):

@@ -30,20 +30,20 @@ def images(count=24):
     return Images(listing, pixels, torch.arange(count) % 2)
 
 
-def prepare(task, decoder="ridge", encoder="conv"):
+def prepare(task, decoder="ridge", encoder="conv", amp=True):
     """Trainer and loaders on the pretended GPU."""
     torch.manual_seed(0)
     model = build_model(encoder, decoder, SIZE, task.classes)
-    trainer = Trainer(model, task, lr=1e-3, steps=100, device=GPU, amp=True, graphs=False)
+    trainer = Trainer(model, task, lr=1e-3, steps=100, device=GPU, amp=amp, graphs=False)
     loaders = get_dataloaders(images(), range(24), range(8), BATCH, 0, GPU, "device")
     model.train()
     return trainer, *loaders
 
 
-def second_step(task, decoder="ridge", encoder="conv"):
+def second_step(task, decoder="ridge", encoder="conv", amp=True):
     """The pretended GPU after the second step of an epoch, loader and running means included."""
     with pretended.PretendedGPU(strict=False) as gpu:
-        trainer, loader, _ = prepare(task, decoder, encoder)
+        trainer, loader, _ = prepare(task, decoder, encoder, amp)
         batches = iter(loader)
         trainer.learn(*next(batches), 0, generator(0))  # makes what is made once
         gpu.strict = True
@@ -84,8 +84,8 @@ def test_a_step_never_waits_and_copies_once(name):
 
 @pytest.mark.parametrize("encoder,few,most", [("conv", (), 240), ("conv", (4,), 262), ("resnet18", (), 330)])
 def test_kernels_of_a_step(encoder, few, most):
-    """Only from above: a release of torch may need fewer."""
-    assert 100 < kernels(second_step(MixupTransform(size=SIZE, few=few), "ridge", encoder)) <= most
+    """Only from above: a release of torch may need fewer. In float32: autocast's casts are not pretended."""
+    assert 100 < kernels(second_step(MixupTransform(size=SIZE, few=few), "ridge", encoder, amp=False)) <= most
 
 
 def test_a_head_on_features():
@@ -160,7 +160,7 @@ PLANTED = {
     "a copy that is not pinned": replace(augment, "pack", lambda old: lambda tensors, pinned: old(tensors)),
     "mixed devices": replace(augment, "_centres", lambda old: lambda count, device: old(count, torch.device("cpu"))),
     "an if": replace(
-        Trainer, "step", lambda old: lambda self, question, step: old(self, question, step) if self.sound else None
+        Trainer, "step", lambda old: lambda self, question, step: old(self, question, step) if not self.broken else None
     ),
 }
 
