@@ -202,15 +202,14 @@ def losses(args: argparse.Namespace) -> dict:
             curves, views = {}, {}
             for name, (device, graphs, amp) in ways.items():
                 trainer = make_trainer(device, "conv", size, graphs, amp, decoder)
-                loader, place = make_loader(device, batch, size, 20, "device", folder), torch.device(device)
+                loader = make_loader(device, batch, size, 20, "device", folder)
                 images, labels = next(iter(loader))
                 views[name] = trainer.ask(trainer.task, images, labels, generator(1)).mixtures.cpu()
                 scores = []
                 for step in range(20):
                     seen = trainer.learn(images, labels, step, generator(0, 0, step))
-                    scores.append(torch.stack([seen["loss"], seen["gradient_norm"]]).cpu())
+                    scores.append(torch.stack([seen["loss"], seen["gradient_norm"]]))  # no wait between steps
                 curves[name] = torch.stack(scores).T.tolist()  # loss, gradient norm
-                wait(place)
             off = {}
             for name in list(ways)[1:]:
                 pairs = [
@@ -354,12 +353,12 @@ def speed(args: argparse.Namespace, compiled: bool = False) -> dict:
                 for place, loader in loaders.items() if graphs else [("device", loaders["device"])]:
                     trainer.taken, rates = 0, []
                     warm_up(trainer, loader)
-                    loader = loader if args.quick or not graphs else make(20_000 // batch, place)  # noqa: PLW2901
+                    whole = loader if args.quick or not graphs else make(20_000 // batch, place)
                     trainer.taken = 0
                     for epoch in range(3):
                         clock = time.perf_counter()
-                        trainer.train_epoch(loader, epoch, tqdm(disable=True))
-                        rates.append(len(loader) * batch / (time.perf_counter() - clock))
+                        trainer.train_epoch(whole, epoch, tqdm(disable=True))
+                        rates.append(len(whole) * batch / (time.perf_counter() - clock))
                     row[f"{name}_{place}"] = statistics.median(rates)
                 row[f"{name}_ratio"] = row[f"{name}_device"] / row[f"{name}_limit"]
                 row[f"{name}_seconds_for_20000"] = 20_000 / row[f"{name}_device"]
