@@ -70,7 +70,7 @@ def unpack(buffer: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Ten
 
 @functools.cache
 def _centres(count: int, device: torch.device) -> torch.Tensor:
-    """The middles of `count` equal parts of [0, 1]: count. Copied once: in each step the CPU would wait."""
+    """The middles of `count` equal parts of [0, 1]: count. Cached: a copy in each step would make the CPU wait."""
     return ((torch.arange(count) + 0.5) / count).to(device)
 
 
@@ -111,11 +111,11 @@ def make_views(images: torch.Tensor, size: int, table: torch.Tensor) -> torch.Te
     N, kind = len(table) // 25, images.device.type
     V, precision = N // B, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
     boxes, colours = table.split([4 * N, 21 * N])
-    # Matrices that resample H pixels to S, along both axes; the filter is a triangle, so few pixels count.
+    # Matrices that resample H pixels to S, along both axes; the filter is a triangle, and zero beyond a few pixels.
     start, length = (H * boxes).view(2, 2 * N, 1)  # px
     centre = torch.addcmul(start, length, _centres(size, images.device))  # 2N S
     support = length.abs().clamp_(min=size)  # 2N 1  S times half of the filter's width
-    count = math.ceil(2 * max(H / size, 1))
+    count = min(H, math.ceil(2 * max(H / size, 1)))  # pixels below a filter
     first = torch.sub(centre, support, alpha=1 / size).round_().clamp_(0, H - count)  # 2N S
     pixels = torch.add(first[:, :, None], _centres(count, images.device), alpha=count)  # 2N S count  their middles
     weights = torch.sub(support[:, :, None], (pixels - centre[:, :, None]).abs_(), alpha=size).clamp_(min=0)

@@ -117,7 +117,7 @@ class Running:
     def restore(self, state: dict) -> None:
         """Go on from what `state` returned."""
         self.names, self.count = state["names"], state["count"]
-        self.sums = state["sums"].to(self.device) if self.count else self.sums
+        self.sums = torch.as_tensor(state["sums"]).to(self.device)
 
 
 def memory(device: torch.device) -> float:
@@ -208,7 +208,7 @@ class Trainer:
         self.taken = 0  # steps
         self.running = Running(self.device)  # of this epoch
         self.broken = torch.zeros((), device=self.device)  # 1 from a step on that was not finite
-        # In bf16 runs on a GPU, questions to learn from are asked in float16, which keeps more than a pixel's 8 bits.
+        # In bf16 runs on a GPU, questions to learn from are asked in float16: finer than 8 bits of a pixel, or bf16.
         self.half = torch.autocast(self.device.type, torch.float16, enabled=self.amp and self.device.type == "cuda")
         self.parallel = self.model  # the model, wrapped if there are several ranks
         if self.device.type == "cuda":

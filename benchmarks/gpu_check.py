@@ -204,7 +204,7 @@ def losses(args: argparse.Namespace) -> dict:
                 trainer = make_trainer(device, "conv", size, graphs, amp, decoder)
                 loader = make_loader(device, batch, size, 20, "device", folder)
                 images, labels = next(iter(loader))
-                views[name] = trainer.ask(trainer.task, images, labels, generator(1)).mixtures.cpu()
+                views[name] = trainer.half(trainer.ask)(trainer.task, images, labels, generator(1)).mixtures.cpu()
                 scores = []
                 for step in range(20):
                     seen = trainer.learn(images, labels, step, generator(0, 0, step))

@@ -142,6 +142,14 @@ def test_divergence_harms_no_weight_and_is_traced(loaders, where, fused):
     assert all(torch.equal(p, kept[0][name]) for name, p in t.model.named_parameters())
 
 
+def test_a_step_that_breaks_after_a_resume_is_counted_from_the_start_of_the_run(loaders):
+    t, new = trainer(), trainer()
+    t.train_epoch(loaders[0], 0, Bar())
+    new.restore(copy.deepcopy(t.state()))
+    with pytest.raises(RunError, match="not finite in step 2 of epoch 2"):
+        new.train_epoch(loaders[0], 1, Bar(), lambda: new.model.decoder.scalars.start.data.fill_(float("nan")))
+
+
 def test_the_step_that_broke_is_traced_with_the_same_units_dropped(loaders):
     """In dropout's mask, too, a step depends on seed, epoch and number alone."""
     t = trainer(lr=1e-3)
