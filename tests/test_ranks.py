@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -130,6 +133,19 @@ def test_as_a_command_and_resumed_with_another_number_of_ranks(cache, tmp_path, 
     end = script("train_pretext.py", "--resume", tmp_path / "run", "--epochs", 2)
     assert end.status == 0, end.err
     assert len(Path(tmp_path, "run", "history.csv").read_text().splitlines()) == 3
+
+
+def test_a_signal_to_one_rank_stops_all_in_the_same_step(cache, tmp_path):
+    words = (ROOT / "train_pretext.py", *QUICK, "--epochs", 500, "--data-dir", cache, "--out", tmp_path / "run")
+    processes = launch(2, *words, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "checkpoint.previous.pt").exists():
+        assert [process.poll() for process in processes] == [None, None]
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGTERM)
+    first, other = (process.communicate(timeout=120)[1].splitlines()[-1] for process in processes)
+    assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2
+    stopped = re.fullmatch(r"train_pretext.py: (stopped after \d+ of 1500 steps); go on with: .* --resume .*", first)
+    assert stopped and other == f"train_pretext.py (rank 1): {stopped[1]}"
 
 
 def test_a_rank_that_dies_ends_the_run_with_its_error(cache, tmp_path, monkeypatch):
