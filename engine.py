@@ -208,8 +208,7 @@ class Trainer:
         self.taken = 0  # steps
         self.running = Running(self.device)  # of this epoch
         self.broken = torch.zeros((), device=self.device)  # 1 from a step on that was not finite
-        # In bf16 runs on a GPU, questions to learn from are asked in float16: finer than 8 bits of a pixel, or bf16.
-        self.half = torch.autocast(self.device.type, torch.float16, enabled=self.amp and self.device.type == "cuda")
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
         self.parallel = self.model  # the model, wrapped if there are several ranks
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # every batch has the same shape
@@ -246,13 +245,13 @@ class Trainer:
     def learn(self, images: torch.Tensor, labels: torch.Tensor, step: int, rng: torch.Generator) -> dict:
         """`step` on a question about a batch of the loader."""
         if not self.recorded:
-            return self.step(self.half(self.ask)(self.task, images, labels, rng), step)
+            return self.step(self.autocast(self.ask)(self.task, images, labels, rng), step)
         lr = torch.tensor(self._rate(step))
         drawn = [lr, *self.task.draw(images, rng)]
 
         def learn(images, labels, buffer):
             lr, *sent = unpack(buffer, drawn)
-            return self._learn(self.half(self.task.ask)(images, sent, labels), lr)
+            return self._learn(self.autocast(self.task.ask)(images, sent, labels), lr)
 
         layout = self.task.size, *(part.shape for part in (images, *drawn))
         scores = self.recorded(layout, learn, images, labels, pack(drawn, pinned=True))
@@ -309,7 +308,7 @@ class Trainer:
 
     def logits(self, question) -> torch.Tensor:
         """The model's logits, float32, computed in the chosen precision and in the mode that the model is in."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+        with self.autocast:
             logits = (self.parallel if torch.is_grad_enabled() else self.model)(*question.inputs)
         return tuple(table.float() for table in logits) if isinstance(logits, tuple) else logits.float()
 
@@ -338,7 +337,7 @@ class Trainer:
             return means
         step = max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
         loader.batch_sampler.epoch, loader.batch_sampler.first = epoch, batch = divmod(step, len(loader))
-        question = self.half(self.ask)(self.task, *next(iter(loader)), self._rng(epoch, batch))
+        question = self.autocast(self.ask)(self.task, *next(iter(loader)), self._rng(epoch, batch))
         raise RunError(
             f"loss or gradient are not finite in step {batch + 1} of epoch {epoch + 1}, at a learning rate of "
             f"{self._rate(step):.3g}: {self.blame(question)}. The run stops before that step; "

@@ -67,11 +67,12 @@ def test_a_crop_is_a_part_of_the_whole(batch, left, top):
     assert (make_views(batch, size, draw_boxes(*box))[0] - crop.flip(3)).abs().max() < 1e-4
 
 
-def test_half_precision_keeps_more_than_a_pixel_s_8_bits(batch):
+def test_in_bf16_views_are_off_by_less_than_a_step_of_their_8_bits(batch):
     views = augment(batch, 32, generator(0))
-    with torch.autocast("cpu", torch.float16):
-        half = augment(batch, 32, generator(0))
-    assert half.dtype == torch.float16 and (half - views).abs().max() < 1 / 255 / STD.max()
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = augment(batch, 32, generator(0))
+    off = (coarse - views).abs() * 255 * STD[:, None, None]
+    assert coarse.dtype == torch.bfloat16 and off.mean() < 0.5 and off.max() < 5
 
 
 def test_whole_is_the_image_and_to_pixels_undoes_the_normalisation(batch):
