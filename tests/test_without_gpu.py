@@ -34,7 +34,7 @@ def prepare(task, decoder="ridge", encoder="conv", amp=True):
     """Trainer and loaders on the pretended GPU."""
     torch.manual_seed(0)
     model = build_model(encoder, decoder, SIZE, task.classes)
-    trainer = Trainer(model, task, lr=1e-3, steps=100, device=GPU, amp=amp, graphs=False)
+    trainer = Trainer(model, copy.copy(task), lr=1e-3, steps=100, device=GPU, amp=amp, graphs=False)
     loaders = get_dataloaders(images(), range(24), range(8), BATCH, 0, GPU, "device")
     model.train()
     return trainer, *loaders
@@ -80,6 +80,16 @@ def test_a_step_never_waits_and_copies_once(name):
     gpu = second_step(*CASES[name])
     # down goes what the progress bar shows
     assert gpu.copies["to the GPU"] == 1 and gpu.copies["to the CPU"] == 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_in_bf16(name):
+    """On the CPU: the pretended GPU knows no autocast, which refuses some operations on several dtypes."""
+    task, decoder, encoder = CASES[name]
+    model = build_model(encoder, decoder, SIZE, task.classes)
+    trainer = Trainer(model, copy.copy(task), lr=1e-3, steps=100, amp=True)
+    loader, _ = get_dataloaders(images(), range(24), range(8), BATCH, 0)
+    assert trainer.learn(*next(iter(loader)), 0, generator(0))["loss"].isfinite() and not trainer.broken
 
 
 @pytest.mark.parametrize("encoder,few,most", [("conv", (), 240), ("conv", (4,), 262), ("resnet18", (), 330)])
