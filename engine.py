@@ -208,7 +208,7 @@ class Trainer:
         self.taken = 0  # steps
         self.running = Running(self.device)  # of this epoch
         self.broken = torch.zeros((), device=self.device)  # 1 from a step on that was not finite
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)  # questions and network
         self.parallel = self.model  # the model, wrapped if there are several ranks
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # every batch has the same shape
