@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from augment import generator, pack, seed_of, unpack, whole_view
+from augment import generator, pack, seed_of, send, unpack, whole_view
 from harness.errors import RunError, ValueProblem
 from harness.ranks import RANKS
 
@@ -245,7 +245,7 @@ class Trainer:
     def learn(self, images: torch.Tensor, labels: torch.Tensor, step: int, rng: torch.Generator) -> dict:
         """`step` on a question about a batch of the loader."""
         if not self.recorded:
-            return self.step(self.autocast(self.ask)(self.task, images, labels, rng), step)
+            return self.step(self.ask(self.task, images, labels, rng, learn=True), step)
         lr = torch.tensor(self._rate(step))
         drawn = [lr, *self.task.draw(images, rng)]
 
@@ -280,9 +280,11 @@ class Trainer:
         self._show(bar, means)
         return {**means, "learning_rate": self._rate(self.taken - 1)}
 
-    def ask(self, task, images: torch.Tensor, labels: torch.Tensor, rng: torch.Generator):
-        """A batch of the loader -> a question, on the device."""
-        return task(images.to(self.device, non_blocking=True), rng, labels.to(self.device, non_blocking=True))
+    def ask(self, task, images: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, learn: bool = False):
+        """A batch of the loader -> a question, on the device; to `learn` from, in the network's precision."""
+        images, labels = (part.to(self.device, non_blocking=True) for part in (images, labels))
+        drawn, ask = send(task.draw(images, rng), self.device), self.autocast(task.ask) if learn else task.ask
+        return ask(images, drawn, labels)
 
     @torch.no_grad()
     def evaluate(
@@ -337,7 +339,7 @@ class Trainer:
             return means
         step = max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
         loader.batch_sampler.epoch, loader.batch_sampler.first = epoch, batch = divmod(step, len(loader))
-        question = self.autocast(self.ask)(self.task, *next(iter(loader)), self._rng(epoch, batch))
+        question = self.ask(self.task, *next(iter(loader)), self._rng(epoch, batch), learn=True)
         raise RunError(
             f"loss or gradient are not finite in step {batch + 1} of epoch {epoch + 1}, at a learning rate of "
             f"{self._rate(step):.3g}: {self.blame(question)}. The run stops before that step; "

@@ -150,7 +150,7 @@ def warm_up(trainer: Trainer, loader) -> int:
 
 def fixed_step(trainer: Trainer, images: torch.Tensor, labels: torch.Tensor) -> Callable:
     """A step on a question that is there, and nothing else: as fast as the network can be."""
-    question = trainer.autocast(trainer.ask)(trainer.task, images, labels, generator(0))
+    question = trainer.ask(trainer.task, images, labels, generator(0), learn=True)
     if not trainer.recorded:
         return lambda _: trainer._learn(question, torch.tensor(1e-3))
     rate = torch.full((), 1e-3, device=trainer.device)
@@ -204,7 +204,7 @@ def losses(args: argparse.Namespace) -> dict:
                 trainer = make_trainer(device, "conv", size, graphs, amp, decoder)
                 loader = make_loader(device, batch, size, 20, "device", folder)
                 images, labels = next(iter(loader))
-                views[name] = trainer.autocast(trainer.ask)(trainer.task, images, labels, generator(1)).mixtures.cpu()
+                views[name] = trainer.ask(trainer.task, images, labels, generator(1), learn=True).mixtures.cpu()
                 scores = []
                 for step in range(20):
                     seen = trainer.learn(images, labels, step, generator(0, 0, step))

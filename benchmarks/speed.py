@@ -337,7 +337,7 @@ def growth(args: argparse.Namespace, count: int) -> dict:
         loader, _ = get_dataloaders(images, range(count), range(3), args.batch_size, 0, device, "stream")
 
         def step(batch, number):
-            trainer.step(trainer.ask(trainer.task, *batch, generator(0, number)), number)
+            trainer.learn(*batch, number, generator(0, number))
 
         speed = timed_loading(loader, step, args, device)
         alone = timed_loading(loader, lambda batch, number: None, args, device)
