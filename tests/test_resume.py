@@ -340,8 +340,8 @@ def test_no_checkpoint_is_written_after_a_broken_step(script, cache, monkeypatch
 
     ask = Trainer.ask
 
-    def poison(self, task, images, labels, rng):
-        question = ask(self, task, images, labels, rng)
+    def poison(self, task, images, labels, rng, **options):
+        question = ask(self, task, images, labels, rng, **options)
         broken = torch.is_grad_enabled() and self.taken == 9
         return question._replace(mixtures=question.mixtures * float("nan")) if broken else question
 

@@ -355,8 +355,8 @@ def test_views_grow_and_the_validation_question_does_not(script, folder, monkeyp
 
     ask, seen = Trainer.ask, []
 
-    def watched(self, task, images, labels, rng):
-        question = ask(self, task, images, labels, rng)
+    def watched(self, task, images, labels, rng, **options):
+        question = ask(self, task, images, labels, rng, **options)
         seen.append((torch.is_grad_enabled(), question.inputs[0].shape[-1]))
         return question
 
