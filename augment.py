@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])  # of ImageNet
 STD = torch.tensor([0.229, 0.224, 0.225])
@@ -24,6 +23,8 @@ CHROMA = np.zeros((3, 3, 3), np.float32)
 CHROMA[0, 0, 0] = CHROMA[1, 1, 1] = CHROMA[1, 2, 2] = CHROMA[2, 2, 1] = 1
 CHROMA[2, 1, 2] = -1
 CHROMA = (np.linalg.inv(TO_YIQ) @ CHROMA @ TO_YIQ).reshape(3, 9)
+WHITE = 255 * STD.numpy()[:, None]  # what a pixel's colours are divided by: 3 1
+MEAN_GREY, BLACK = GREY.numpy() / WHITE, (-MEAN / STD).numpy()  # 3 3, 3
 
 CROP = 0.3  # smallest share of the image that a view shows
 CROP_ASPECT = (3 / 4, 4 / 3)  # width / height of the crop
@@ -56,10 +57,11 @@ def send(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Te
 
 
 def pack(tensors: Sequence[torch.Tensor], pinned: bool = False) -> torch.Tensor:
-    """The bytes of several CPU tensors in one buffer, each begins at a multiple of 8: uint8."""
-    parts = [F.pad(t.contiguous().flatten().view(torch.uint8), (0, -t.nbytes % 8)) for t in tensors]
-    buffer = torch.empty(sum(map(len, parts)), dtype=torch.uint8, pin_memory=pinned)
-    return torch.cat(parts, out=buffer)
+    """The bytes of several CPU tensors, not bfloat16, in one buffer, each begins at a multiple of 8: uint8."""
+    data = b"".join(tensor.numpy().tobytes() + bytes(-tensor.nbytes % 8) for tensor in tensors)
+    buffer = torch.empty(len(data), dtype=torch.uint8, pin_memory=pinned)
+    buffer.numpy()[:] = np.frombuffer(data, np.uint8)
+    return buffer
 
 
 def unpack(buffer: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -84,11 +86,11 @@ def draw_views(count: int, rng: torch.Generator) -> torch.Tensor:
     draws = LOW + (HIGH - LOW) * torch.rand(count, 10, generator=rng).numpy()  # NumPy is faster with few numbers
     area, aspect, left, top, flip, brightness, contrast, saturation, turn, grey = draws.T
     aspect = np.exp(aspect)
-    width, height = np.minimum(np.sqrt(area * aspect), 1), np.minimum(np.sqrt(area / aspect), 1)
+    width, height = np.minimum(np.sqrt((area * aspect, area / aspect)), 1)
     left, top = left * (1 - width), top * (1 - height)
     left, width = left + width * (flip < 0.5), np.where(flip < 0.5, -width, width)
-    saturation = saturation * (grey >= GREY_SHARE)
-    chroma = np.stack([np.ones_like(turn), np.cos(turn) * saturation, np.sin(turn) * saturation], axis=1)  # N 3
+    chroma = np.ones((count, 3), np.float32)
+    np.multiply((np.cos(turn), np.sin(turn)), saturation * (grey >= GREY_SHARE), out=chroma.T[1:])
     colour = ((brightness * contrast)[:, None] * chroma @ CHROMA).reshape(count, 3, 3)
     return draw_boxes(left, width, top, height, colour, brightness * (1 - contrast))
 
@@ -97,11 +99,12 @@ def draw_boxes(left, width, top, height, colour=((1, 0, 0), (0, 1, 0), (0, 0, 1)
     """A table for `make_views` of N views with boxes within the image, on the CPU, from arrays or tensors there. Left,
     width, top and height, N each, are shares of the image; a negative width mirrors. `colour`, N 3 3, takes pixels to
     colours (default: as they are), to which `tint`, N, times the view's mean grey is added."""
-    N, white = len(left), 255 * STD.numpy()[:, None]
-    colour, tint = np.broadcast_to(colour, (N, 3, 3)), np.broadcast_to(tint, N)
-    black = np.broadcast_to((-MEAN / STD).numpy(), (N, 3))
-    parts = left, top, width, height, colour / white, tint[:, None, None] * (GREY.numpy() / white), black
-    return torch.from_numpy(np.concatenate([np.ravel(part) for part in parts], dtype=np.float32))  # 25 * N
+    N, table = len(left), np.empty(25 * len(left), np.float32)
+    table[: 4 * N].reshape(4, N)[:] = left, top, width, height
+    np.divide(colour, WHITE, out=table[4 * N : 13 * N].reshape(N, 3, 3))
+    np.multiply(np.reshape(tint, (-1, 1, 1)), MEAN_GREY, out=table[13 * N : 22 * N].reshape(N, 3, 3))
+    table[22 * N :].reshape(N, 3)[:] = BLACK
+    return torch.from_numpy(table)
 
 
 def make_views(images: torch.Tensor, size: int, table: torch.Tensor) -> torch.Tensor:

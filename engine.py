@@ -246,8 +246,7 @@ class Trainer:
         """`step` on a question about a batch of the loader."""
         if not self.recorded:
             return self.step(self.ask(self.task, images, labels, rng, learn=True), step)
-        lr = torch.tensor(self._rate(step))
-        drawn = [lr, *self.task.draw(images, rng)]
+        drawn = [torch.tensor(self._rate(step)), *self.task.draw(images, rng)]
 
         def learn(images, labels, buffer):
             lr, *sent = unpack(buffer, drawn)

@@ -339,13 +339,6 @@ class RidgeDecoder(Decoder):
 DECODERS = {"ridge": RidgeDecoder, "cosine": CosineDecoder, "mlp": MLPDecoder, "dot": DotDecoder}
 
 
-def build_decoder(name: str, features: int) -> nn.Module:
-    """The decoder of that name, one of DECODERS, on D = `features`. Raises UsageError if the name is unknown."""
-    if name not in DECODERS:
-        raise UsageError(f"decoder {name!r} is unknown: use one of {', '.join(DECODERS)}")
-    return DECODERS[name](features)
-
-
 class Unmixer(nn.Module):
     """The network that is trained: how much of each candidate is in each mixture? mixtures B 3 S S, asked A 3 S S,
     candidates B n int64 (rows of asked) -> logits B n, without the activation. Or blocks, see `Decoder`."""
@@ -378,7 +371,7 @@ def build_model(
     encoder: str, decoder: str, size: int, classes: int | None = None, widths: Sequence[int] | None = None
 ) -> Unmixer | Classifier:
     """The network for views of `size` px: an Unmixer, or with `classes` a Classifier without decoder. Or UsageError."""
+    if decoder not in DECODERS:
+        raise UsageError(f"decoder {decoder!r} is unknown: use one of {', '.join(DECODERS)}")
     net = build_encoder(encoder, size, widths or ())
-    if classes:
-        return Classifier(net, classes)
-    return Unmixer(net, build_decoder(decoder, net.out_features))
+    return Classifier(net, classes) if classes else Unmixer(net, DECODERS[decoder](net.out_features))

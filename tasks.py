@@ -161,15 +161,21 @@ class MixupTransform(WeightTask):
             n = fitting[int(torch.randint(len(fitting), (), generator=rng))]
         if n > B:
             raise UsageError(f"{n} candidates need as many images in a batch, and this one has {B}")
-        rows = (torch.arange(B)[:, None] + torch.arange(k)) % B if batch else self.draw_candidates(B, n, rng)
-        shares = sample(self.dist, (k - 1, B), rng).clamp(SMALLEST_WEIGHT, 1 - SMALLEST_WEIGHT)
-        left = torch.cat([torch.ones(1, B), (1 - shares).cumprod(dim=0)])  # k B  before each source takes its share
-        weights = (left * torch.cat([shares, torch.ones(1, B)])).T  # B k
+        if batch:
+            rows, inside, places = _inside(B, k, n)
+        else:
+            rows = self.draw_candidates(B, n, rng)
+        shares = sample(self.dist, (k - 1, B), rng).clamp(SMALLEST_WEIGHT, 1 - SMALLEST_WEIGHT).numpy()
+        weights = np.ones((B, k), np.float32)  # NumPy is faster with few numbers
+        for source, share in enumerate(shares):  # B  of what the sources before it left
+            weights[:, source] *= share
+            weights[:, source + 1 :] *= 1 - share[:, None]
         views = draw_views(B * (2 if self.views else 1), rng)
         if batch:
-            inside, places = _inside(B, k, n)
-            return [rows, weights, torch.zeros(len(inside), n).scatter_(1, places, weights[inside]), views]
-        order = torch.rand(B, n, generator=rng).argsort(dim=1)
+            answer = np.zeros((len(inside), n), np.float32)
+            answer[places] = weights[inside]
+            return [rows, torch.from_numpy(weights), torch.from_numpy(answer), views]
+        weights, order = torch.from_numpy(weights), torch.rand(B, n, generator=rng).argsort(dim=1)
         return [rows[:, :k], weights, F.pad(weights, (0, n - k)).gather(1, order), views, rows.gather(1, order)]
 
     def ask(self, images: torch.Tensor, drawn: list[torch.Tensor], labels: torch.Tensor | None = None) -> Question:
@@ -189,11 +195,9 @@ class MixupTransform(WeightTask):
     def draw_candidates(self, B: int, n: int, rng: torch.Generator) -> torch.Tensor:
         """Rows of the batch, B n: the k sources, then n - k distractors. The images stand in a circle in random order,
         and all mixtures' candidates at the same n distances from their own image. So every image is in k mixtures."""
-        circle = torch.randperm(B, generator=rng).numpy()
-        steps = 1 + torch.randperm(B - 1, generator=rng)[: n - 1].numpy()  # n - 1
-        rows = np.empty((B, n), dtype=np.int64)
-        rows[circle] = circle[(np.arange(B)[:, None] + np.append(0, steps)) % B]  # the example itself comes first
-        return torch.from_numpy(rows)
+        circle = torch.randperm(B, generator=rng)
+        steps = F.pad(1 + torch.randperm(B - 1, generator=rng)[: n - 1], (1, 0))  # n  the example itself comes first
+        return circle[(torch.arange(B)[:, None] + steps) % B][circle.argsort()]
 
     def validation(self, n: int = 3) -> "MixupTransform":
         """The fixed question: n candidates (3 in a run), two sources (one if `sources` is 1), weights of 0.1 to 0.9."""
@@ -201,10 +205,12 @@ class MixupTransform(WeightTask):
 
 
 @functools.cache
-def _inside(B: int, k: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of B mixtures those with all sources in one block of n, M, and the sources' places in it, M k."""
-    inside = torch.arange(B - B % n).view(-1, n)[:, : n - k + 1].flatten()
-    return inside, (inside[:, None] + torch.arange(k)) % n
+def _inside(B: int, k: int, n: int) -> tuple[torch.Tensor, np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """The sources of B mixtures, neighbours in a batch, B k; which mixtures have all of them in one block of n, M; and
+    where in the answer, M n, these are."""
+    sources = (np.arange(B)[:, None] + np.arange(k)) % B
+    inside = np.arange(B - B % n).reshape(-1, n)[:, : n - k + 1].ravel()
+    return torch.from_numpy(sources), inside, (np.arange(len(inside))[:, None], sources[inside] % n)
 
 
 class Duplicate(MixupTransform):

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from augment import MEAN, STD, augment, draw_boxes, generator, make_views, to_pixels, whole_view
+from augment import MEAN, STD, augment, draw_boxes, generator, make_views, pack, to_pixels, unpack, whole_view
 
 
 def test_views_depend_on_the_key_alone(batch):
@@ -77,3 +77,12 @@ def test_in_bf16_views_are_off_by_less_than_a_step_of_their_8_bits(batch):
 
 def test_whole_is_the_image_and_to_pixels_undoes_the_normalisation(batch):
     assert torch.equal(to_pixels(whole_view(batch, 64)), batch)
+
+
+def test_what_is_packed_is_unpacked():
+    """Only GPUs use it. Shapes that are no multiple of eight bytes, parts of others, a number, several dtypes."""
+    table = torch.randint(0, 256, (5, 7), generator=generator(0))
+    kinds = torch.float64, torch.float16, torch.uint8, torch.bool
+    drawn = [torch.tensor(3e-3), table, table[:, :3], table[0, ::2].float(), table[:0], *(table.to(k) for k in kinds)]
+    for part, sent in zip(drawn, unpack(pack(drawn), drawn), strict=True):
+        assert sent.dtype == part.dtype and torch.equal(sent, part)

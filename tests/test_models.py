@@ -13,7 +13,6 @@ from models import (
     ConvEncoder,
     ResBlock,
     Unmixer,
-    build_decoder,
     build_encoder,
     build_model,
     torchvision_encoder,
@@ -174,13 +173,13 @@ def test_conv_encoder_takes_any_size_and_widths(widths, features, size):
 
 def test_unknown_decoders():
     with pytest.raises(UsageError, match="decoder 'linear' is unknown: use one of ridge"):
-        build_decoder("linear", 8)
+        build_model("conv", "linear", 32)
 
 
 def test_no_weight_of_the_ridge_decoder_is_out_of_reach():
     """A source whose coefficient came out far below zero still pulls it up; its logit was flat there once."""
     torch.manual_seed(0)
-    decoder = build_decoder("ridge", 16).eval()
+    decoder = DECODERS["ridge"](16).eval()
     z = torch.randn(2, 16)
     mixtures, asked = (-10 * z[:1]).requires_grad_(), z
     logits = decoder(mixtures, asked, torch.tensor([[0, 1]]))
@@ -210,7 +209,7 @@ def test_blocks_are_answered_from_one_encoding_and_like_tables(name):
 def test_all_views_as_candidates_are_one_system(monkeypatch):
     """In any order: so that many candidates cost little memory and time."""
     torch.manual_seed(0)
-    decoder, solved = build_decoder("ridge", 8), []
+    decoder, solved = DECODERS["ridge"](8), []
     mixtures, asked = torch.randn(2, 6, 8)
     table = torch.stack([torch.randperm(6) for _ in range(6)])
     expected = decoder(mixtures, asked, ((6, 6),))[0].gather(1, table)
@@ -232,7 +231,7 @@ def test_scalars_follow_the_number_of_candidates():
 @pytest.mark.parametrize("name", ["ridge", "cosine", "mlp"])
 def test_what_depends_on_the_number_of_candidates_is_learned(name, part):
     torch.manual_seed(0)
-    decoder = build_decoder(name, 8)
+    decoder = DECODERS[name](8)
     mixtures, asked = torch.randn(2, 64, 8)
     six, all_64 = decoder(mixtures, asked, ((6, 6), (64, 64)))
     learned = [p for n, p in decoder.named_parameters() if part in n]
@@ -251,7 +250,7 @@ def test_the_gradient_is_the_same_every_time_with_several_threads(name):
     torch.set_num_threads(4)
     try:
         torch.manual_seed(0)
-        decoder = build_decoder(name, 32)
+        decoder = DECODERS[name](32)
         mixtures, asked = torch.randn(2, 64, 32)
         few = torch.rand(64, 64).argsort(dim=1)[:, :32]
         gradients = []
@@ -307,7 +306,7 @@ def test_large_systems_are_solved_right_with_several_threads():
 def test_candidates_that_are_equal_share_the_weight():
     """Without any ridge the system would have no single solution."""
     torch.manual_seed(0)
-    decoder = build_decoder("ridge", 8)
+    decoder = DECODERS["ridge"](8)
     decoder.scalars.start.data[0] = -50.0  # the log of the ridge
     views = torch.randn(4, 8)
     views[1] = views[0]
@@ -321,7 +320,7 @@ def test_a_gpu_can_solve_with_a_large_price(ridge, price, monkeypatch):
     """What a GPU computes, here on the CPU: with a large price the digits of the ridge got lost, and an answer NaN."""
     monkeypatch.setattr(models, "solve", models._Solve.apply)
     torch.manual_seed(0)
-    decoder = build_decoder("ridge", 32)
+    decoder = DECODERS["ridge"](32)
     decoder.scalars.start.data[:2] = torch.tensor([ridge, price])
     mixtures, asked = torch.randn(2, 64, 32, requires_grad=True)
     few = torch.rand(64, 64).argsort(dim=1)[:, :8]

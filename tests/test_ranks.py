@@ -21,7 +21,7 @@ from torch import nn
 from harness import command, ranks
 from augment import generator
 from engine import Trainer
-from models import Classifier, Unmixer, build_decoder
+from models import Classifier, Unmixer, DECODERS
 from tasks import TASKS
 
 class Encoder(nn.Module):  # without batch normalisation
@@ -35,7 +35,7 @@ class Encoder(nn.Module):  # without batch normalisation
 def learn(name, decoder="ridge", **options):
     torch.manual_seed(0)
     task = TASKS[name](size=16, **options)
-    model = Classifier(Encoder(), 4) if task.classes else Unmixer(Encoder(), build_decoder(decoder, 24))
+    model = Classifier(Encoder(), 4) if task.classes else Unmixer(Encoder(), DECODERS[decoder](24))
     trainer = Trainer(model, task, lr=1e-3, steps=10, seed=0)
     images = torch.randint(0, 255, (16, 3, 24, 24), dtype=torch.uint8, generator=generator(1))
     model.train()
