@@ -248,12 +248,12 @@ class Trainer:
             return self.step(self.ask(self.task, images, labels, rng, learn=True), step)
         drawn = [torch.tensor(self._rate(step)), *self.task.draw(images, rng)]
 
-        def learn(images, labels, buffer):
+        def ask_and_learn(images, labels, buffer):
             lr, *sent = unpack(buffer, drawn)
             return self._learn(self.autocast(self.task.ask)(images, sent, labels), lr)
 
         layout = self.task.size, *(part.shape for part in (images, *drawn))
-        scores = self.recorded(layout, learn, images, labels, pack(drawn, pinned=True))
+        scores = self.recorded(layout, ask_and_learn, images, labels, pack(drawn, pinned=True))
         self.taken = step + 1
         return scores
 
