@@ -96,9 +96,10 @@ def draw_views(count: int, rng: torch.Generator) -> torch.Tensor:
 
 
 def draw_boxes(left, width, top, height, colour=((1, 0, 0), (0, 1, 0), (0, 0, 1)), tint=0.0) -> torch.Tensor:
-    """A table for `make_views` of N views with boxes within the image, on the CPU, from arrays or tensors there. Left,
-    width, top and height, N each, are shares of the image; a negative width mirrors. `colour`, N 3 3, takes pixels to
-    colours (default: as they are), to which `tint`, N, times the view's mean grey is added."""
+    """A table for `make_views` of N views, on the CPU, from arrays or tensors there. Left, width, top and height, N
+    each, are shares of the image; a negative width mirrors. `colour`, N 3 3, takes pixels to colours (default: as they
+    are); `tint`, N, times the view's mean grey is added. The table is flat: left, top, width, height, N each, then 9
+    numbers of colour for each view, 9 of tint for each, and 3 of black for each: 25 * N."""
     N, table = len(left), np.empty(25 * len(left), np.float32)
     table[: 4 * N].reshape(4, N)[:] = left, top, width, height
     np.divide(colour, WHITE, out=table[4 * N : 13 * N].reshape(N, 3, 3))
@@ -108,7 +109,7 @@ def draw_boxes(left, width, top, height, colour=((1, 0, 0), (0, 1, 0), (0, 0, 1)
 
 
 def make_views(images: torch.Tensor, size: int, table: torch.Tensor) -> torch.Tensor:
-    """Views of a batch, normalised, from a table with V of each image, on its device: the first of every image, then
+    """Views of a batch, normalised, from a table for V of each image, on its device: one of every image first, then
     the second ones, and so on: B 3 H H uint8 -> V B 3 S S, S = size. In autocast's precision, if it is on."""
     B, _, H, W = images.shape
     N, kind = len(table) // 25, images.device.type

@@ -13,6 +13,7 @@ import math
 import mimetypes
 import os
 import signal
+import threading
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -343,6 +344,19 @@ class EpochOrder(Sampler):
             yield order[start : start + self.batch_size]
 
 
+def _obey_the_run(worker):
+    """In a process that gathers batches. Signals to stop are for the main one, which saves and ends the others."""
+    asked = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
+    signal.pthread_sigmask(signal.SIG_BLOCK, asked)
+
+    def wait():
+        while signal.sigwaitinfo(asked).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def get_dataloaders(
     images: Images, train: Sequence[int], val: Sequence[int], batch_size: int, seed: int,
     device: torch.device | None = None, place: str = "auto",
@@ -360,8 +374,7 @@ def get_dataloaders(
         options = {"pin_memory": True}
         if hasattr(os, "fork"):  # workers gather the next batches while the GPU computes
             options |= {"persistent_workers": True, "multiprocessing_context": "fork"}
-            ignore = lambda worker: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731  the main process saves
-            options |= {"num_workers": max(1, min(STREAMERS, workers() - 1)), "worker_init_fn": ignore}
+            options |= {"num_workers": max(1, min(STREAMERS, workers() - 1)), "worker_init_fn": _obey_the_run}
     train, val = ImageDataset(images, train, resident), ImageDataset(images, val, resident)
     blocks = np.array_split(np.arange(len(val)), -(-len(val) // VALIDATION_BLOCK))
     blocks = [slice(int(block[0]), int(block[-1]) + 1) for block in blocks]

@@ -21,7 +21,7 @@ from augment import generator
 from checks import FAILED, LIBRARY, climb, diagnose, report
 from data import get_dataloaders, open_pretext
 from engine import DEVICES, Trainer, choose_device, device_name
-from harness import command, folder, ranks
+from harness import command, folder
 from harness.download import ARCHIVES
 from harness.errors import UsageError, ValueProblem, describe
 from harness.files import write_json
@@ -118,7 +118,6 @@ def own_setup(file: str) -> Callable:
 def main() -> int:
     """Climb the ladder. Returns the exit status: 0 if no check fails, else 1."""
     args = parse()
-    ranks.refuse_several()
     if args.own:
         device = None if args.device == "auto" else choose_device(args.device)  # where setup() puts it
         results = diagnose(own_setup(args.own), args.n, args.seed, device)

@@ -168,8 +168,6 @@ class Recorded:
             places = [torch.empty_like(part, device=self.device) for part in arguments]
             graph = torch.cuda.CUDAGraph()
             self.pool = self.pool or torch.cuda.graph_pool_handle()
-            for place, part in zip(places, arguments, strict=True):
-                place.copy_(part, non_blocking=True)
             try:
                 with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                     scores = function(*places)
@@ -177,7 +175,7 @@ class Recorded:
                 self.works = False
                 why = str(error).splitlines()[0]
                 tqdm.write(f"note: the kernels of a step are launched one by one, it cannot be recorded: {why}")
-                return function(*places)
+                return self(layout, function, *arguments)
             self.calls[layout] = graph, places, scores
         graph, places, scores = self.calls[layout]
         for place, part in zip(places, arguments, strict=True):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from augment import generator, to_pixels
 from data import UNLABELLED, Images, list_data, open_images, spread, workers
-from harness import command, ranks
+from harness import command
 from harness.files import refuse_inside, unusable
 from harness.pictures import draw_mixtures, draw_sheet, legible
 from tasks import MixupTransform
@@ -35,7 +35,6 @@ def main() -> None:
     add("--seed", type=command.integer(0, 2**32 - 1), default=0, help="of the mixtures that are drawn")
     add("--out", type=command.place, help="folder for the pictures (default: runs/data-DATA)")
     args = parser.parse_args()
-    ranks.refuse_several()
     images = open_images(list_data(args.data, args.data_dir), args.size, args.data_dir)
     out = Path(args.out or Path("runs", f"data-{images.listing.name}"))
     refuse_inside(args.data, "out", out)

@@ -99,12 +99,9 @@ class WeightTask(Task):
         source_accuracy and weight_mae, in [0, 1]. Losses of several are added; the others are of the last."""
         several = isinstance(logits, tuple)
         tables = list(zip(logits, question.weights, strict=True)) if several else [(logits, question.weights)]
-        losses = []
-        for table, weights in tables:  # B n
-            if self.loss == "mse":
-                losses.append((self.predict(table) - weights).square().mean())
-            else:
-                losses.append(divergence(table, weights, self.activation).mean())
+        mse = self.loss == "mse"
+        errors = [(self.predict(t) - w).square() if mse else divergence(t, w, self.activation) for t, w in tables]
+        losses = [error.mean() for error in errors]
         if self.symmetric:  # the first table, B B: row i is a mixture, column j is image j
             table, weights = tables[0]
             shares = weights.T / weights.sum(dim=0)[:, None]  # B B  of an image, over the mixtures
@@ -126,9 +123,9 @@ class MixupTransform(WeightTask):
     candidates  n >= 2: the k sources among n - k distractors in shuffled order; "batch": two questions about the same
                 mixtures, one with every image of the batch as candidates, one with a few, so that the answers fit any
                 number of them. Sources then stand one after another in the batch, which the loader shuffles.
-    few         "batch": how many candidates the second question may have, one is drawn for each batch: the batch stands
-                in blocks of as many, and a mixture whose sources are all in one block is asked about that block, so
-                with many sources few are. (): no second question
+    few         "batch": how many candidates the second question may have. One number is drawn for each batch, which
+                is cut into blocks of as many images. Mixtures whose sources are all in one block are asked about that
+                block. (): no second question
     sources     k >= 1 images in a mixture, the first the example itself; k = 1: the mixture is one of the candidates
     dist        the mixing distribution, any torch.distributions object with values in [0, 1]; uniform from 0.1 to 0.9.
                 k = 2: weights w and 1 - w, w from dist; k > 2: stick-breaking, each source takes a share from dist of
@@ -161,10 +158,7 @@ class MixupTransform(WeightTask):
             n = fitting[int(torch.randint(len(fitting), (), generator=rng))]
         if n > B:
             raise UsageError(f"{n} candidates need as many images in a batch, and this one has {B}")
-        if batch:
-            rows, inside, places = _inside(B, k, n)
-        else:
-            rows = self.draw_candidates(B, n, rng)
+        rows, inside, places = _inside(B, k, n) if batch else (self.draw_candidates(B, n, rng), None, None)
         shares = sample(self.dist, (k - 1, B), rng).clamp(SMALLEST_WEIGHT, 1 - SMALLEST_WEIGHT).numpy()
         weights = np.ones((B, k), np.float32)  # NumPy is faster with few numbers
         for source, share in enumerate(shares):  # B  of what the sources before it left

@@ -146,8 +146,8 @@ def main() -> None:
     place = folder.make(place, args, device_name(device))
     print(images.describe())
     where = "streamed" if loaders[0].dataset.resident is None else "on the device"
-    where += f", validating on {len(val)}; {device_name(device)}{', bf16' if amp else ''}"
-    print(f"training on {len(train)} images, {where}")
+    on = device_name(device) + ", bf16" * amp
+    print(f"training on {len(train)} images, {where}, validating on {len(val)}; {on}")
     with contextlib.closing(Log(place, progress.history if saved else None)) as log:
         fit(progress, *loaders, log)
         settings = {name: value for name, value in vars(args).items() if name not in PLUMBING}
@@ -156,13 +156,13 @@ def main() -> None:
             log.settings(settings, final, args.epochs)
     if RANK:
         return
-    checkpoint.save(model.encoder.state_dict(), place / "encoder.pt")
+    checkpoint.save(model.encoder.cpu().state_dict(), place / "encoder.pt")  # for machines without a GPU, too
     summary = {name: vars(args)[name] for name in ("data", "task", "epochs", "seed")}
     summary |= {"train_images": len(train), "val_images": len(val), **final, "references": progress.references}
     summary |= {"images_per_second": statistics.median(progress.speeds or [0.0]), "seconds": progress.seconds}
     summary |= {"device": device_name(device), "amp": "bf16" if amp else "off", **warned}
     write_json(summary, place / "summary.json")  # the last file: where it is, the run is complete
-    print_summary(summary, place)
+    print_summary(summary, place, "" if images.listing.classes else " --data LABELLED_FOLDER")
 
 
 class Progress:
@@ -344,8 +344,8 @@ def look_inside(trainer: Trainer, val_loader: DataLoader, log: Log, size: int, e
         log.projector(subrun, features, [name or "no label" for name in names], thumbnails, epoch)
 
 
-def print_summary(summary: dict, place: Path) -> None:
-    """The result beside what has not learnt, with one standard error of the shares, and what to do next."""
+def print_summary(summary: dict, place: Path, data: str) -> None:
+    """The result beside what has not learnt, with one standard error of the shares, and what to do next, on `data`."""
     speed = f"{summary['images_per_second']:.0f} images/s on {summary['device']}"
     print(f"\n{summary['epochs']} epochs in {timedelta(seconds=round(summary['seconds']))}, {speed}")
     names = [name for name in FIGURES if f"val_{name}" in summary and name != "loss"]
@@ -363,10 +363,10 @@ def print_summary(summary: dict, place: Path) -> None:
     if (place / "validation.png").exists():
         print(f"or           {place}/validation.before.png, validation.png")
     print(f"results      {place}/summary.json, history.csv, encoder.pt")
-    print(f"next         python train_transfer.py {shlex.quote(str(place))} scratch")
+    print(f"next         python train_transfer.py {shlex.quote(str(place))} scratch{data}")
     if "warning" in summary:
         print(f"warning      {summary['warning']}")
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, several=True)

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from engine import AMP, DEVICES, choose_amp, choose_device, device_name
-from harness import checkpoint, command, files, folder, ranks
+from harness import checkpoint, command, files, folder
 from harness.errors import RunError, UsageError
 from harness.log import Log
 from harness.pictures import draw_confusion, draw_sheet, legible
@@ -79,7 +79,6 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
 def main() -> None:
     """Assemble, train, report."""
     args, saved = parse()
-    ranks.refuse_several()
     device = choose_device(args.device)
     amp = choose_amp(args.amp, device)
     starts = open_starts(args)

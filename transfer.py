@@ -62,7 +62,10 @@ def open_start(word: str) -> Start:
     if not file.is_file():
         what = "holds no encoder.pt; did its run end?" if Path(word).is_dir() else "is not there"
         raise UsageError(f"{word} {what} (a start is a pretext run's folder, an encoder.pt, or `scratch`)")
-    settings_file = file.parent / "settings.json"
+    if Path(word, checkpoint.LAST).exists() and not Path(word, "summary.json").exists():
+        raise UsageError(f"{word} was resumed and has not ended; go on with its run, or give {file}, of before that")
+    written = file.parent.glob("settings*.json")  # one more each time that the run was resumed
+    settings_file = max(written, key=lambda f: (len(f.name), f.name), default=file.parent / "settings.json")
     try:
         settings = json.loads(settings_file.read_text())["settings"]
         start = Start(word, settings["encoder"], operator.index(settings["size"]), os.fspath(settings["data"]))
@@ -177,13 +180,9 @@ def classify(
         loader, _ = get_dataloaders(data.images, data.train, data.val, batch_size, seed, recipe.device)
         task = Classify(data.counts, recipe.size)
         fit(model, task, loader, recipe, recipe.epochs, seed, recipe.amp, report, after_step)
-    return {recipe.mode: trained(encode_images(model, pixels, data.val, *look), data)}
-
-
-def trained(logits: torch.Tensor, data: Labelled) -> Answer:
-    """The answers of a classifier that was trained with the prior's shift, see Classify: logits M C."""
-    shifted = logits + (data.counts / data.counts.sum()).log()
-    return answer_of(logits, shifted, data.held, logits.softmax(dim=1).amax(dim=1))
+    logits = encode_images(model, pixels, data.val, *look)  # M C  learnt with the prior's shift, see Classify
+    shifted = logits + Classify(data.counts, None).log_prior
+    return {recipe.mode: answer_of(logits, shifted, data.held, logits.softmax(dim=1).amax(dim=1))}
 
 
 def fit(model, task, loader, recipe: argparse.Namespace, epochs: int, seed: int, amp: bool, report, after_step) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from augment import augment, generator, to_pixels, whole_view
 from engine import DEVICES, choose_device
-from harness import checkpoint, command, folder, ranks
+from harness import checkpoint, command, folder
 from harness.decode import Damaged, Ranges, decode
 from harness.errors import UsageError, ValueProblem
 from harness.files import unusable
@@ -53,7 +53,6 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Mix, ask, print, draw."""
     args = parse()
-    ranks.refuse_several()
     device = choose_device(args.device)
     model, settings = open_run(args.run)
     size = settings["size"]
@@ -99,7 +98,7 @@ def open_run(run: str) -> tuple[Unmixer, dict]:
     if state.get("format") != folder.FORMAT:
         raise UsageError(f"an older version made the run {run}; use that version, or train again")
     settings = state["settings"]
-    if settings["candidates"] is None:
+    if settings["candidates"] is None or settings["task"] == "scale":
         raise UsageError(f"{run} learnt --task {settings['task']}, so it cannot tell weights; give a run on mixtures")
     model = build_model(**{name: settings[name] for name in ("encoder", "decoder", "size", "widths")})
     checkpoint.load_weights(model, state["model"], f"the checkpoint in {run}")

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from augment import draw_views, make_views
 from data import get_dataloaders, open_pretext
 from engine import AMP, DEVICES, Trainer, choose_amp, choose_device, device_name
-from harness import checkpoint, command, folder, ranks
+from harness import checkpoint, command, folder
 from harness.download import ARCHIVES
 from harness.errors import UsageError
 from harness.files import write_json
@@ -195,7 +195,6 @@ def make_model(args: argparse.Namespace) -> tuple[nn.Module, Agree]:
 def main() -> None:
     """Assemble, train, save."""
     args, saved = parse()
-    ranks.refuse_several()
     device = choose_device(args.device)
     amp = choose_amp(args.amp, device)
     torch.manual_seed(args.seed)
@@ -226,7 +225,7 @@ def main() -> None:
             speeds.append(epoch_images / (time.perf_counter() - clock))
             checkpoint.save_last({**trainer.state(), **run, "speeds": speeds, "means": means}, place)
             tqdm.write(f"epoch {epoch + 1}/{args.epochs}: training loss {means['loss']:.3f}; {speeds[-1]:.0f} images/s")
-    checkpoint.save(model.encoder.state_dict(), place / "encoder.pt")
+    checkpoint.save(model.encoder.cpu().state_dict(), place / "encoder.pt")
     summary = {name: getattr(args, name) for name in ("data", "method", "epochs", "seed")}
     summary |= {"device": device_name(device), "amp": "bf16" if amp else "off", "train_images": len(rows)}
     summary |= {"images_per_second": statistics.median(speeds), "loss": means["loss"]}

@@ -136,8 +136,9 @@ class Patient:
         return getattr(self.stream, name)
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Run a command and exit: 0, or 2 for wrong use and 1 for a failed run, with one line that says why."""
+def run(main: Callable[[], int | None], several: bool = False) -> None:
+    """Run a command and exit: 0, or 2 for wrong use and 1 for a failed run, with one line that says why. Unless it is
+    made for `several` processes, it is refused if torchrun started more than one."""
     script = Path(sys.argv[0]).name + (f" (rank {ranks.RANK})" if ranks.RANK else "")
     if ranks.RANK:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  only the first rank prints
@@ -149,6 +150,8 @@ def run(main: Callable[[], int | None]) -> None:
             setattr(sys, name, Patient(stream))
 
     try:
+        if ranks.RANKS > 1 and not several:
+            raise UsageError("this command uses one process; start it without torchrun (and with WORLD_SIZE unset)")
         status = main() or 0
         ranks.leave(status)
         sys.exit(status)

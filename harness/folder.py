@@ -106,7 +106,7 @@ def make(folder: Path, args: argparse.Namespace, device: str) -> Path:
     """Make the run's folder, lock it, and write `settings.json`: command, settings, versions, device. An older run in
     it is removed, unless it is resumed. Without --out, the name gets a number if there is such a folder: several runs
     may start in one second. The first rank does this for all. Raises UsageError if another run is writing there."""
-    for name in ("data", "data_dir"):  # so that the run can go on from another directory
+    for name in ("data", "data_dir"):  # so that a pretext run can go on from another directory
         if name == "data_dir" or args.data not in ("photos", *ARCHIVES):
             setattr(args, name, os.path.abspath(getattr(args, name)))
     if RANK:

@@ -30,7 +30,9 @@ def start(device: torch.device) -> torch.device:
     if missing := [name for name in needed if not os.environ.get(name)]:
         raise UsageError(f"WORLD_SIZE is {RANKS}, and {missing[0]} is not set; start several processes with torchrun")
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device, there = torch.device("cuda", int(os.environ["LOCAL_RANK"])), torch.cuda.device_count()
+        if device.index >= there:
+            raise UsageError(f"--nproc_per_node is more than the {there} GPUs of this machine; give {there} or less")
         torch.cuda.set_device(device)
     global _cpu_group
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
@@ -45,12 +47,6 @@ def leave(status: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-
-
-def refuse_several() -> None:
-    """Raises UsageError if a command for one process was started with several."""
-    if RANKS > 1:
-        raise UsageError("this command uses one process; start it without torchrun (and with WORLD_SIZE unset)")
 
 
 @contextlib.contextmanager

@@ -278,6 +278,16 @@ def test_steps_that_are_recorded_are_those_that_are_not(cache, decoder):
 
 @pytest.mark.gpu
 @on_a_gpu
+def test_an_encoder_that_a_gpu_learnt_loads_without_one(script, cache):
+    words = ("--epochs", 1, "--size", 8, "--batch-size", 512, "--data-dir", cache, "--out", "run")
+    end = script("train_pretext.py", *words, "--device", "cuda")
+    assert end.status == 0, end.err
+    state = torch.load("run/encoder.pt", weights_only=True)
+    assert {tensor.device.type for tensor in state.values()} == {"cpu"}
+
+
+@pytest.mark.gpu
+@on_a_gpu
 @pytest.mark.parametrize("graphs", [True, False])
 def test_a_run_of_a_cpu_goes_on_on_a_gpu(cache, loaders, graphs):
     old = trainer(steps=1000)

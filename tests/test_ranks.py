@@ -14,6 +14,9 @@ import pytest
 import torch
 from conftest import ROOT
 
+import harness.ranks
+from harness.errors import UsageError
+
 WORKER = """
 import json, sys
 import torch
@@ -49,7 +52,7 @@ def main():
     if ranks.RANK == 0:
         torch.save(answers, sys.argv[1])
 
-command.run(main)
+command.run(main, several=True)
 """
 CASES = [
     {"name": "mixup", "candidates": "batch"},
@@ -99,11 +102,29 @@ def test_two_ranks_compute_the_loss_and_the_gradients_of_one(answers, case):
 
 def test_a_rank_ends_without_taking_its_interpreter_apart():
     worker = (
-        "import atexit, os; from harness import command; atexit.register(os.abort); command.run(lambda: print('done'))"
+        "import atexit, os; from harness import command; atexit.register(os.abort)\n"
+        "command.run(lambda: print('done'), several=True)"
     )
     processes = launch(2, "-c", worker, stdout=subprocess.PIPE, text=True)
     assert [process.communicate(timeout=120)[0] for process in processes] == ["done\n", ""]
     assert [process.returncode for process in processes] == [0, 0]
+
+
+@pytest.mark.parametrize("script", ["train_transfer.py", "benchmarks/questions.py"])
+def test_commands_of_one_process_are_refused_under_torchrun(script):
+    (process,) = launch(2, ROOT / script, "run", stderr=subprocess.PIPE, text=True)[:1]
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 2 and "this command uses one process; start it without torchrun" in error
+    assert error.count("\n") == 1
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "4")
+    monkeypatch.setattr(harness.ranks, "RANKS", 8)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(UsageError, match="more than the 4 GPUs of this machine; give 4 or less"):
+        harness.ranks.start(torch.device("cuda"))
 
 
 def torchrun(*args, ranks=2, **options):

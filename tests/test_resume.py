@@ -1,5 +1,6 @@
 """A run that was stopped goes on as if it never was; what stops it loses nothing."""
 
+import contextlib
 import csv
 import errno
 import json
@@ -166,6 +167,40 @@ def test_more_epochs_go_on_from_a_complete_run(script, cache):
         assert end.status == 0 and '"epochs": 2' in Path("run/summary.json").read_text(), end.err
         no_step_twice(Path("run"), 2)
     assert Path("run/settings.json").exists() and Path("run/settings.resumed-1.json").exists()
+
+
+STREAMED = """
+import data, torch, train_pretext
+from harness import command
+
+def streamed(*args):  # as on a GPU whose memory the images do not fit into: other processes gather the batches
+    return data.get_dataloaders(*args[:5], torch.device("cuda"), "stream")
+
+train_pretext.get_dataloaders = streamed
+command.run(train_pretext.main, several=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="not on this system")
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_all_processes_of_a_run_stops_it_saved(cache, tmp_path, number):
+    """As of a terminal that closes, of `timeout`, and of SLURM. It ended the processes that gather batches first."""
+    words = [sys.executable, "-c", STREAMED, *command("--out", "run", "--epochs", 500, cache=cache)[2:]]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    options = {"env": env, "cwd": tmp_path, "start_new_session": True, "text": True}
+    run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    try:
+        while "epoch " not in (line := run.stdout.readline()):
+            assert line, run.stderr.read()
+        os.killpg(run.pid, number)
+        error = run.communicate(timeout=60)[1]
+        assert run.returncode == 128 + number and "stopped after" in error and "Traceback" not in error, error
+        with pytest.raises(ProcessLookupError):  # no process is left
+            os.killpg(run.pid, 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+    assert checkpoint.load(tmp_path / "run" / "checkpoint.pt")["schedule"]["taken"] > 7
 
 
 def test_a_state_that_was_rescued_after_the_last_epoch_has_its_history(script, short_run):

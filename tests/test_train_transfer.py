@@ -110,6 +110,22 @@ def test_other_widths_are_read_from_the_weights(script, cache):
     assert end.status == 2 and "--widths is of the encoder conv" in end.err and not Path("other").exists()
 
 
+def test_a_start_that_was_resumed(transfer, pretrained, labelled):
+    """Its images are where the last resume found them. Until it has ended, its encoder is that of before."""
+    run = Path(shutil.copytree(pretrained, "run"))
+    settings = json.loads((run / "settings.json").read_text())
+    for name, data in ("settings", "nowhere"), ("settings.resumed-2", "nowhere"), ("settings.resumed-10", labelled):
+        settings["settings"]["data"] = str(Path(data).absolute())
+        (run / f"{name}.json").write_text(json.dumps(settings))
+    end, _ = transfer("run", "--mode", "knn")
+    assert end.status == 0, end.err
+    (run / "checkpoint.pt").touch()
+    end, _ = transfer("run", "--mode", "knn", out="again")
+    assert end.status == 2 and "go on with its run, or give run/encoder.pt, of before that" in end.err
+    end, _ = transfer("run/encoder.pt", "--mode", "knn", out="again")
+    assert end.status == 0, end.err
+
+
 def test_what_is_not_said_is_as_the_start_was_pretrained(transfer, labelled):
     Path("run").mkdir()
     torch.save(build_encoder("resnet18").to(torch.bfloat16).state_dict(), "run/encoder.pt")

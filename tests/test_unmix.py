@@ -64,7 +64,8 @@ def test_the_same_seed_mixes_the_same_views(script, short_run, photos):
         ("no checkpoint", "holds no checkpoint.pt"),
         ("a list", "was no run of train_pretext.py"),
         ("an unset variable", "argument RUN: it is empty"),
-        ("labels", "learnt --task rotate, so it cannot tell weights"),
+        ("rotate", "learnt --task rotate, so it cannot tell weights"),
+        ("scale", "learnt --task scale, so it cannot tell weights"),
         ("ending", "has no ending of a picture"),
         ("nowhere to write", "--out nowhere/x.png cannot be used"),
     ],
@@ -75,11 +76,11 @@ def test_bad_input_is_one_line(script, short_run, photos, tmp_path, case, messag
     (tmp_path / "list").mkdir()
     torch.save([], tmp_path / "list" / "checkpoint.pt")
     two = photos[:2]
-    if case == "labels":
+    if case in ("rotate", "scale"):
         state = torch.load(short_run / "checkpoint.pt", weights_only=True)
-        state["settings"] |= {"task": "rotate", "candidates": None}
-        (tmp_path / "labels").mkdir()
-        torch.save(state, tmp_path / "labels" / "checkpoint.pt")
+        state["settings"] |= {"task": case, "candidates": {"rotate": None, "scale": 3}[case]}
+        (tmp_path / case).mkdir()
+        torch.save(state, tmp_path / case / "checkpoint.pt")
     args = {
         "one image": (short_run, two[0]),
         "no file": (short_run, two[0], "nowhere.jpg"),
@@ -92,7 +93,8 @@ def test_bad_input_is_one_line(script, short_run, photos, tmp_path, case, messag
         "no checkpoint": ("empty", *two),
         "a list": ("list", *two),
         "an unset variable": ("", *two),
-        "labels": ("labels", *two),
+        "rotate": ("rotate", *two),
+        "scale": ("scale", *two),
         "ending": (short_run, *two, "--out", "picture"),
         "nowhere to write": (short_run, *two, "--out", "nowhere/x.png"),
     }[case]
