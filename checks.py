@@ -89,7 +89,7 @@ def check_batches(own: Own) -> Iterator[tuple]:
     yield own.changes, "the data set's example 0 changes when it is asked for", "Does x -= mean in place? Copy first."
     kept, vary = [batch for batch in kept if [x.shape for x in batch] == [x.shape for x in kept[0]]], []
     for i in [i for i, x in enumerate(kept[0]) if x.ndim] if own.size > 7 else ():
-        x = torch.stack([batch[i] for batch in kept]).reshape(len(kept), own.size, -1)[:, :, :9999].double().cpu()
+        x = torch.stack([batch[i] for batch in kept]).reshape(len(kept), own.size, -1)[:, :, :9999].cpu().double()
         within = x.var(1, correction=0).sum(1).mean() / x.flatten(0, 1).var(0, correction=0).sum()
         vary.append(not within.isnan())
         bad, why = len(x) > 3 and within < 0.3, "Is shuffle=True missing, or an index not used?"
@@ -160,7 +160,7 @@ def check_start(own: Own) -> Iterator[tuple]:
     for c in [c for c in trace.calls if torch.is_tensor(c.out) and c.out.is_floating_point() and c.tensors]:
         x, out, at = c.tensors[0], c.out.detach(), [mine[id(q)] for q in c.tensors if id(q) in mine]
         raw, why = at and c.name in LAYERS and x.is_floating_point() and not x.requires_grad, "Normalise the inputs."
-        bad = raw and not (x.abs().max() > TINY and x.abs().double().mean() < LARGE)
+        bad = raw and not (x.abs().max() > TINY and x.abs().cpu().double().mean() < LARGE)
         yield WARNING if bad else False, f"inputs of {at} are not of size {TINY:g} to {LARGE:g}", why + c.line
         if c.name == "cross_entropy" and c.out.ndim == 0:
             guess, why = math.log(max(2, x.shape[min(1, x.ndim - 1)])), "Answers start too large. Start them smaller: "
@@ -169,7 +169,7 @@ def check_start(own: Own) -> Iterator[tuple]:
         if c.name in ENDS and out.ndim > 1 and len(out) > 7:
             units, (low, high) = (out.movedim(1, -1) if out.ndim > 3 else out).flatten(0, -2), ENDS[c.name]
             shut = (units == 0).all(0) if c.name == "relu" else (units > high - 0.01) | (units < low + 0.01)
-            shut = (out.max(-1).values[(x > -1e4).sum(-1) > 3] if c.name == "softmax" else shut).double().mean()
+            shut = (out.max(-1).values[(x > -1e4).sum(-1) > 3] if c.name == "softmax" else shut).cpu().double().mean()
             why = f"Next to nothing passes: weights, bias or products that start too large?{c.line}"
             yield shut > FULL, f"{shut:.0%} of the {c.name} is dead or saturated (below {FULL:.0%})", why
     yield OK, f"inputs are of size {TINY:g} to {LARGE:g}, and no layer is dead or saturated", ""
@@ -359,5 +359,5 @@ CHECKS = {
 
 def diagnose(setup: Callable, n: int = 8, seed: int = 0, device: str | torch.device | None = None) -> dict[str, Result]:
     """Climb the ladder with what `setup()` returns. Prints what it finds, and returns the results by name."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
         return report(climb(CHECKS, Own(setup, n, seed, device)), [*CHECKS])

@@ -92,8 +92,8 @@ class Running:
     def add(self, scores: dict[str, torch.Tensor], weight: int = 1) -> None:
         """Count the scalars of one step, `weight` times."""
         self.names = list(scores)
-        self.sums = torch.add(self.sums, torch.stack([s.detach().float() for s in scores.values()]), alpha=weight)
-        self.count += weight
+        new = torch.stack([s.detach().float() for s in scores.values()]).to(self.device)  # a baseline may be a constant
+        self.sums, self.count = torch.add(self.sums, new, alpha=weight), self.count + weight
 
     def peek(self) -> dict[str, float]:
         """The means as of an earlier call, once a GPU has copied them: nothing waits. On CPUs the means so far."""

@@ -106,7 +106,7 @@ class Own:
         `inputs` and `outs`. The model's mode stays as it is."""
         mode, trace, self.heard = p.model.training, Trace(), []
         trace.calls = []
-        with torch.random.fork_rng(), trace:
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), trace:
             torch.manual_seed(self.seed + seed)
             trace.loss = p.loss(p.model.train(train or self.trains), self.copy(batch))
             trace.random = torch.get_rng_state()

@@ -246,6 +246,7 @@ def fit(progress: Progress, train_loader: DataLoader, val_loader: DataLoader, lo
                 progress.save(log.folder)
             if stop:
                 progress.saved(log.folder)
+                ranks.any_rank(False)  # wait: torchrun ends the first rank soon after another has left
                 steps = f"stopped after {trainer.taken} of {trainer.steps} steps"
                 go_on = f"go on with: python train_pretext.py --resume {shlex.quote(str(log.folder))}"
                 raise RunError(steps if RANK else f"{steps}; {go_on}", interrupts.signal or signal.SIGTERM)
@@ -356,8 +357,7 @@ def print_summary(summary: dict, place: Path, data: str) -> None:
         for name in names:
             value, style = scores[name], FIGURES[name][1]
             error = 100 * math.sqrt(max(0, value * (1 - value)) / summary["val_images"])  # of a binomial
-            sampled = style.endswith("%") and row != "chance"  # which is exact
-            cells.append(f"{value:{style}}" + f" ± {error:.1f}" * sampled)
+            cells.append(f"{value:{style}}" + f" ± {error:.1f}" * (style.endswith("%") and row != "chance"))
         print(f"  {row:26}" + "".join(f"{cell:>22}" for cell in cells))
     print(f"\nlook at it   tensorboard --logdir {shlex.quote(str(place.parent))}")
     if (place / "validation.png").exists():

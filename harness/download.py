@@ -168,7 +168,7 @@ def unpack(name: str, file: Path, folder: Path) -> None:
         if not all((beside / name / split).is_dir() for split in ("train", "val")):
             raise RunError(f"{file} has no {name}/train and {name}/val, so it is no such data set; remove it")
         (beside / name).rename(folder)
-    except tarfile.FilterError as error:  # before TarError, its base
+    except getattr(tarfile, "FilterError", ()) as error:  # before TarError, its base; an old Python has none
         raise RunError(f"{file} is refused: {error}; remove it") from error
     except DAMAGED as error:
         raise RunError(f"{file} is damaged ({error}); remove it and run again") from error

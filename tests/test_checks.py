@@ -140,6 +140,27 @@ def test_warnings_are_the_first_suspects_and_results_say_what_was_looked_at():
     assert results["steps"].status == OK and "give step" in results["steps"].figure
 
 
+def test_a_network_on_a_gpu_that_is_not_the_only_one_and_knows_no_double_precision(monkeypatch):
+    """The CPU stands in for it: double precision only right after a copy to the CPU, as on Apple's GPUs, and of
+    several other GPUs the random state is not asked for, which would occupy them."""
+
+    def moved(x):
+        x = x.clone()
+        x.moved = True
+        return x
+
+    def doubled(x):
+        if not hasattr(x, "moved"):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return x.to(torch.float64)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", moved)
+    monkeypatch.setattr(torch.Tensor, "double", doubled)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: pytest.fail("another GPU is occupied"))
+    assert {result.status for result in diagnose(lambda: healthy("mlp")).values()} <= {OK, SKIPPED, WARNING}
+
+
 def test_a_network_whose_loss_takes_longer_than_there_is_time(monkeypatch):
     monkeypatch.setattr("checks.SECONDS", 0.0)
     results = diagnose(SOUND["zeros_at_first"])

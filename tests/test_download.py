@@ -167,6 +167,13 @@ def test_damage_behind_the_published_checksum_is_found_by_gzips(server, good, tm
     assert not (tmp_path / NAME).exists() and not list(tmp_path.glob("*.unpacking"))
 
 
+def test_a_python_whose_tarfile_has_no_filter(server, good, tmp_path, monkeypatch):
+    for name in ("data_filter", "FilterError"):
+        monkeypatch.delattr(tarfile, name)
+    with pytest.raises(RunError, match="this Python's tarfile has no safe filter; use at least Python 3.10.12"):
+        fetch(NAME, tmp_path)
+
+
 def test_another_file_than_was_announced(server, good, tmp_path):
     server.content = good[0] + b"more"
     with pytest.raises(RunError, match="longer than"):

@@ -16,7 +16,7 @@ from augment import generator
 from data import Entry, Images, Listing, get_dataloaders
 from engine import Trainer, encode_images
 from models import Classifier, build_encoder, build_model
-from tasks import Classify, Duplicate, MixupTransform, Quadrant, Rotate, Scale
+from tasks import TASKS, Classify, Duplicate, MixupTransform, Quadrant, Rotate, Scale
 
 pretended = pytest.importorskip("pretended", reason="this release of torch has other internals", exc_type=ImportError)
 GPU = pretended.GPU
@@ -123,6 +123,16 @@ def test_means_are_shown_once_they_have_arrived(monkeypatch):
         assert running.peek() == {} == running.peek()
         arrived.append(True)
         assert list(running.peek()) == ["loss"]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_baseline_of_a_task_is_a_figure(name):
+    """Those of labels are constants, on the CPU."""
+    task = TASKS[name](size=SIZE)
+    with pretended.PretendedGPU(strict=False):
+        trainer, _, loader = prepare(task)
+        for score in task.validation().baselines().values():
+            assert {"accuracy", "source_accuracy"} & trainer.evaluate(loader, task.validation(), score).keys()
 
 
 def test_evaluation_reads_once():
