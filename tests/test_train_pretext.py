@@ -192,6 +192,7 @@ def test_a_folder_of_ones_own(script, folder):
     end = script("train_pretext.py", "--data", folder, *args)
     assert end.status == 0, end.err
     assert read(Path("run"))["train_images"] == 36 and "40 unsup, no labels" in end.out
+    assert "python train_transfer.py run scratch --data LABELLED_FOLDER" in end.out  # these have no labels
 
 
 def test_more_sources_than_validation_images(script, folder):
