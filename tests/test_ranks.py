@@ -112,10 +112,10 @@ def test_a_rank_ends_without_taking_its_interpreter_apart():
 
 @pytest.mark.parametrize("script", ["train_transfer.py", "benchmarks/questions.py"])
 def test_commands_of_one_process_are_refused_under_torchrun(script):
-    (process,) = launch(2, ROOT / script, "run", stderr=subprocess.PIPE, text=True)[:1]
-    error = process.communicate(timeout=120)[1]
-    assert process.returncode == 2 and "this command uses one process; start it without torchrun" in error
-    assert error.count("\n") == 1
+    for process in launch(2, ROOT / script, "run", stderr=subprocess.PIPE, text=True):
+        error = process.communicate(timeout=120)[1]
+        assert process.returncode == 2 and "this command uses one process; start it without torchrun" in error
+        assert error.count("\n") == 1
 
 
 def test_more_processes_than_gpus(monkeypatch):
