@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from augment import generator, pack, seed_of, send, unpack, whole_view
+from augment import generator, pack, seed_of, unpack, whole_view
 from harness.errors import RunError, ValueProblem
 from harness.ranks import RANKS
 
@@ -215,6 +215,8 @@ class Trainer:
         if RANKS > 1:
             self.parallel = DistributedDataParallel(self.model, [self.device] if self.device.type == "cuda" else None)
         self.optimizer = make_optimizer(self.model, self.lr, self.device, self.encoder_rate)
+        if self.optimizer.defaults["fused"]:  # read on the device: weights and step count stay from a broken step on
+            self.optimizer.found_inf = self.broken
         graphs = self.graphs and self.device.type == "cuda" and RANKS == 1
         self.recorded = Recorded(self.device) if graphs else None
 
@@ -228,15 +230,12 @@ class Trainer:
         """`step` with its learning rate, a number, or on a GPU a tensor there."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["rate"]
-        fused = self.optimizer.param_groups[0]["fused"]
         scores = self.task.score(self.logits(question), question)
         self.optimizer.zero_grad(set_to_none=True)
         scores["loss"].backward()
         scores["gradient_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.broken.masked_fill_(0 * (scores["gradient_norm"] + scores["loss"].detach()) != 0, 1)  # one is not finite
-        if fused:  # it reads this on the device: from a broken step on, the weights and its count stay as they are
-            self.optimizer.found_inf = self.broken
-        if fused or not self.broken:
+        if hasattr(self.optimizer, "found_inf") or not self.broken:
             self.optimizer.step()
         return {name: score.detach() for name, score in scores.items()}
 
@@ -280,8 +279,8 @@ class Trainer:
     def ask(self, task, images: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, learn: bool = False):
         """A batch of the loader -> a question, on the device; to `learn` from, in the network's precision."""
         images, labels = (part.to(self.device, non_blocking=True) for part in (images, labels))
-        drawn, ask = send(task.draw(images, rng), self.device), self.autocast(task.ask) if learn else task.ask
-        return ask(images, drawn, labels)
+        with self.autocast if learn else contextlib.nullcontext():
+            return task(images, rng, labels)
 
     @torch.no_grad()
     def evaluate(

@@ -177,7 +177,7 @@ PLANTED = {
         tasks, "compare", lambda old: lambda *a: {k: torch.as_tensor(v.item()) for k, v in old(*a).items()}
     ),
     "rows of a mask": replace(tasks, "divergence", lambda old: lambda *a: (lambda d: d[d > 0])(old(*a))),
-    "a copy that waits": replace(engine, "send", lambda old: lambda tensors, to: [t.to(to) for t in tensors]),
+    "a copy that waits": replace(tasks, "send", lambda old: lambda tensors, to: [t.to(to) for t in tensors]),
     "a copy that is not pinned": replace(augment, "pack", lambda old: lambda tensors, pinned: old(tensors)),
     "mixed devices": replace(augment, "_centres", lambda old: lambda count, device: old(count, torch.device("cpu"))),
     "an if": replace(
