@@ -60,6 +60,6 @@ def test_the_tests_and_options_that_pages_name_are_there():
         text = page.read_text("utf-8")
         for name in re.findall(r"\btest_\w+(?![\w.])", text):
             assert f"def {name}" in tests or (ROOT / "tests" / f"{name}.py").exists(), f"{page.name}: {name}"
-        for option in set(re.findall(r"--([a-z][a-z-]+)", text)) if page.name != "earlier.md" else ():
+        for option in set(re.findall(r"--([a-z][a-z-]+)", text)):
             known = f'"--{option}"' in code or f'"--{option.removeprefix("no-")}"' in code
             assert known or option.startswith(foreign), f"{page.name}: --{option}"
