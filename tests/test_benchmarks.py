@@ -66,6 +66,7 @@ def test_tables_are_rewritten_between_their_marks(tmp_path, monkeypatch):
     monkeypatch.setattr(search, "ROOT", tmp_path)
     monkeypatch.setattr(search, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(search, "TIMED", tmp_path / "seconds.json")
+    monkeypatch.setattr(search, "WIDTHS", (8, 16))  # as if this was the default encoder
     monkeypatch.setattr(sys, "argv", ["search.py", "--table"])
     marks = (
         "before\n<!-- search -->\nold\n<!-- /search -->\nbetween\n<!-- comparison -->\n<!-- /comparison -->\n"
@@ -95,9 +96,13 @@ def test_tables_are_rewritten_between_their_marks(tmp_path, monkeypatch):
     assert compared["swav", "30"]["25 labels"].startswith("0.0 of 1 (+75.0")  # where one of two seeds has it
     assert compared["scratch", "0"]["linear"] == "25.0" and compared["unmix", "30"]["uncorrected"] == ""
     lines = (tmp_path / "README.md").read_text().splitlines()[3:-1]
-    assert [line.split(" | ")[0] for line in lines] == ["| none", "| Unmix"]  # after 100 epochs
+    assert [line.split(" | ")[:2] for line in lines] == [
+        ["| none", "0"], ["| Unmix", "30"], ["| SwAV", "30"], ["| Unmix", "100"]
+    ]  # fmt: skip
+    monkeypatch.setattr(search, "WIDTHS", (4,))
     search.main()
     assert (tmp_path / "RESULTS.md").read_text() == text
+    assert len((tmp_path / "README.md").read_text().splitlines()) == 4  # no row of another encoder
 
 
 def test_seconds_until_a_recipe_is_where_simclr_is_after_100_epochs(tmp_path, monkeypatch):
