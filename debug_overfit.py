@@ -55,7 +55,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument_group("training").add_argument
     add("--lr", type=command.rate, default=1e-3, help="peak learning rate of AdamW")
     add("--seed", type=integer(0, 2**32 - 1), default=0, help="fixes all that is random")
-    add("--device", choices=DEVICES, default="auto", help="where to compute; auto: a GPU, or where --own puts it")
+    add("--device", choices=DEVICES, default="auto", help="where to compute; auto: a CUDA GPU, or where --own puts it")
     add = parser.add_argument_group("results").add_argument
     add("--out", type=command.place, help="the run's folder (default: runs/debug-DATA-ENCODER-TIME)")
     add("--overwrite", action="store_true", help="replace the run that --out holds")

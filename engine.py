@@ -35,9 +35,10 @@ AMP = ("auto", "bf16", "off")
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """`auto`: the GPU if there is one; any other name as it is. Raises UsageError if there is no such device."""
+    """`auto`: CUDA's GPU if there is one, else the CPU; any other name as it is. Apple's GPUs (mps) have to be asked
+    for: nothing was run on one yet. Raises UsageError if there is no such device."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    best = next(kind for kind, is_there in there.items() if is_there)
+    best = "cuda" if there["cuda"] else "cpu"
     if name != "auto" and not there.get(name):
         problem = f": this machine has none that torch {torch.__version__} can use; without the option {best} is used"
         raise ValueProblem("device", name, problem)
@@ -133,7 +134,7 @@ def encode_images(
     model: nn.Module, pixels: np.ndarray, rows: Sequence[int], size: int, device: torch.device, amp: bool
 ) -> torch.Tensor:
     """A model's outputs in eval mode for whole views of N rows of pixels, ... 3 H H uint8: N D float32, on the CPU."""
-    model.to(device, memory_format=torch.channels_last).eval()
+    model.to(device).eval()
     outputs = []
     for start in range(0, len(rows), BLOCK):
         views = whole_view(torch.from_numpy(pixels[rows[start : start + BLOCK]]).to(device), size)
@@ -166,15 +167,16 @@ class Recorded:
             return function(*(part.to(self.device, non_blocking=True) for part in arguments))
         if self.calls[layout] is None:
             places = [torch.empty_like(part, device=self.device) for part in arguments]
-            graph = torch.cuda.CUDAGraph()
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             try:
                 with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                     scores = function(*places)
             except RuntimeError as error:
-                self.works = False
-                why = str(error).splitlines()[0]
+                self.works, why = False, str(error).splitlines()[0]
                 tqdm.write(f"note: the kernels of a step are launched one by one, it cannot be recorded: {why}")
+                torch.cuda.set_stream(stream)  # a recording that fails may leave its own
+            if not self.works:  # here the error no longer keeps the memory of its step
                 return self(layout, function, *arguments)
             self.calls[layout] = graph, places, scores
         graph, places, scores = self.calls[layout]
@@ -278,7 +280,7 @@ class Trainer:
 
     def ask(self, task, images: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, learn: bool = False):
         """A batch of the loader -> a question, on the device; to `learn` from, in the network's precision."""
-        images, labels = (part.to(self.device, non_blocking=True) for part in (images, labels))
+        images, labels = (part.to(self.device, non_blocking=self.device.type == "cuda") for part in (images, labels))
         with self.autocast if learn else contextlib.nullcontext():
             return task(images, rng, labels)
 

@@ -314,8 +314,7 @@ class Classify(LabelTask):
 
     def score(self, logits: torch.Tensor, question: LabelQuestion) -> dict[str, torch.Tensor]:
         """Means over the batch: loss (cross-entropy of the shifted logits, nats) and accuracy."""
-        if self.log_prior.device != logits.device:  # once
-            self.log_prior = self.log_prior.to(logits.device)
+        self.log_prior = self.log_prior.to(logits.device)  # is copied once
         return super().score(logits + self.log_prior, question)
 
 

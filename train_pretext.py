@@ -85,7 +85,7 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     add("--batch-size", type=integer(2), default=64, help="images in a step")
     add("--lr", type=command.rate, default=3e-3, help="peak learning rate of AdamW")
     add("--seed", type=integer(0, 2**32 - 1), default=0, help="fixes all that is random")
-    add("--device", choices=DEVICES, default="auto", help="where to compute; auto: a GPU if there is one")
+    add("--device", choices=DEVICES, default="auto", help="where to compute; auto: a CUDA GPU if there is one")
     add("--amp", choices=AMP, default="auto", help="bf16; auto: on GPUs that have it, not on CPUs")
     add("--images", choices=PLACES, default="auto", help="all on the device, or streamed from the cache")
     add("--compile", action="store_true", help="torch.compile the encoder")

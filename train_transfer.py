@@ -59,7 +59,7 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     add("--encoder-rate", type=command.share, default=0.5, help="finetune: the encoder's rate, as a share of --lr")
     add("--freeze", type=integer(0), default=5, help="finetune: epochs for the head alone before the others")
     add("--seed", type=integer(0, 2**32 - 1), default=0, help="fixes all that is random")
-    add("--device", choices=DEVICES, default="auto", help="where to compute; auto: a GPU if there is one")
+    add("--device", choices=DEVICES, default="auto", help="where to compute; auto: a CUDA GPU if there is one")
     add("--amp", choices=AMP, default="auto", help="bf16; auto: on GPUs that have it, not on CPUs")
     add = parser.add_argument_group("results").add_argument
     add("--out", type=command.place, help="the run's folder (default: runs/transfer-MODE-DATA-ENCODER-TIME)")

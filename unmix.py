@@ -35,7 +35,7 @@ def parse() -> argparse.Namespace:
     add("--weights", type=float, nargs="+", default=[0.3, 0.7], help="of the first images, sum 1 (default: 0.3 0.7)")
     add("--mixture", type=command.place, metavar="FILE", help="a mixture to ask about (default: mix the first images)")
     add("--seed", type=command.integer(0, 2**32 - 1), default=0, help="of the views that are mixed")
-    add("--device", choices=DEVICES, default="auto", help="where to compute; auto: a GPU if there is one")
+    add("--device", choices=DEVICES, default="auto", help="where to compute; auto: a CUDA GPU if there is one")
     add("--out", type=command.place, default="unmix.png", help="file for the picture")
     args = parser.parse_args()
     if len(args.images) < 2:

@@ -151,7 +151,7 @@ def parse() -> tuple[argparse.Namespace, dict | None]:
     add("--batch-size", type=command.integer(2), default=64, help="images in a step")
     add("--lr", type=command.rate, default=3e-3, help="peak learning rate of AdamW")
     add("--seed", type=command.integer(0, 2**32 - 1), default=0, help="fixes all that is random")
-    add("--device", choices=DEVICES, default="auto", help="where to compute; auto: a GPU if there is one")
+    add("--device", choices=DEVICES, default="auto", help="where to compute; auto: a CUDA GPU if there is one")
     add("--amp", choices=AMP, default="auto", help="bf16; auto: on GPUs that have it, not on CPUs")
     add = parser.add_argument_group("results").add_argument
     add("--out", type=command.place, help="the run's folder (default: runs/METHOD-DATA-ENCODER-TIME)")

@@ -69,7 +69,7 @@ def parse() -> argparse.Namespace:
     add("--encoder", default="conv", help="conv, or a classification network of torchvision by name")
     add("--size", type=command.integer(8, 1024), default=32, help="side of a view, px")
     add("--batch-size", type=command.integer(2), default=64, help="images in a step")
-    add("--device", choices=DEVICES, default="auto", help="where to compute; auto: a GPU if there is one")
+    add("--device", choices=DEVICES, default="auto", help="where to compute; auto: a CUDA GPU if there is one")
     add("--amp", choices=AMP, default="auto", help="bf16; auto: on GPUs that have it, not on CPUs")
     add("--compile", action="store_true", help="torch.compile the encoder")
     add("--repeat", type=command.integer(1), default=5, help="measurements of each figure")

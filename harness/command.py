@@ -152,9 +152,7 @@ def run(main: Callable[[], int | None], several: bool = False) -> None:
     try:
         if ranks.RANKS > 1 and not several:
             raise UsageError("this command uses one process; start it without torchrun (and with WORLD_SIZE unset)")
-        status = main() or 0
-        ranks.leave(status)
-        sys.exit(status)
+        status, message = main() or 0, None
     except (UsageError, RunError) as error:
         status, message = error.status, getattr(error, "as_option", error)
     except OSError as error:
@@ -168,5 +166,7 @@ def run(main: Callable[[], int | None], several: bool = False) -> None:
         status, message = 130, "stopped"
     finally:
         files.release()
-    print(f"{script}: {message}", file=sys.stderr)
+    if message:
+        print(f"{script}: {message}", file=sys.stderr)
+    ranks.leave(status)
     sys.exit(status)

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_iter
 
 GPU = torch.device("cuda:0")
 MAKE = torch.Tensor._make_subclass
+PARTS = {"stack", "cat", "index_select", "gather", "scatter_"}  # these take not even one number of the CPU
 FREE = {
     "view",
     "_unsafe_view",
@@ -92,7 +93,7 @@ class PretendedGPU(TorchDispatchMode):
             return 1.0 if args[0].is_floating_point() else args[0].dtype != torch.bool or name == "equal"
         if name in ("_to_copy", "copy_") and (real or to_cpu):
             return self._across(func, name, args, kwargs, real)
-        if any(t.ndim for t in real):
+        if any(t.ndim for t in real) or (real and name in PARTS):
             raise Wait(f"{name} of GPU and CPU tensors, {[tuple(t.shape) for t in real]}: {place()}")
         try:  # with a learning rate on the GPU, the fused optimiser has no shapes to compute; it changes in place
             found = None if name.startswith("_fused_adam") else func(*args, **kwargs)

@@ -218,8 +218,15 @@ def test_devices():
     assert choose_device("cpu").type == "cpu"
     assert choose_amp("bf16", torch.device("cpu")) and not choose_amp("off", torch.device("cpu"))
     if not torch.cuda.is_available():
-        with pytest.raises(UsageError, match="device cuda: this machine has none.*(cpu|mps) is used"):
+        with pytest.raises(UsageError, match="device cuda: this machine has none.*cpu is used"):
             choose_device("cuda")
+
+
+def test_apples_gpus_are_used_if_they_are_asked_for(monkeypatch):
+    """Nothing was run on one yet."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert (choose_device("auto").type, choose_device("mps").type) == ("cpu", "mps")
 
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
