@@ -238,7 +238,7 @@ def open_images(listing: Listing, size: int, data_dir: str | Path, ranges: dict[
         return replace(listing, entries=kept, skipped=skipped)
 
     for given in ({}, ranges or {}):
-        file = Path(data_dir, "cache", f"{listing.name}-{_hash(os.fsdecode(place), given)[:8]}-{side}px.cache")
+        file = Path(data_dir, "cache", f"{listing.name[:50]}-{_hash(os.fsdecode(place), given)[:8]}-{side}px.cache")
         listing.ranges.clear()
         listing.ranges.given = given
         index = cache.read_index(file)

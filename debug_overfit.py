@@ -92,12 +92,10 @@ def assemble(args: argparse.Namespace) -> Subject:
         print(f"warning: {warning}")
     if len(train) < args.n:
         raise ValueProblem("n", args.n, f"is more than the {len(train)} images to train on; use {len(train)} or less")
-    train_loader, val_loader = get_dataloaders(images, train, val, min(max(64, args.n), len(train)), args.seed)
+    loaders = get_dataloaders(images, train, val, min(max(64, args.n), len(train)), args.seed)
     rows = [train[i] for i in torch.randperm(len(train), generator=generator(args.seed))[: args.n]]
     pixels = torch.from_numpy(images.pixels[rows]).to(device)
-    loaders = {"train_loader": train_loader, "val_loader": val_loader}
-    makers = {"make_task": make_task, "make_model": make_model, "make_trainer": make_trainer}
-    return Subject(images, train, val, pixels=pixels, task=args.task, seed=args.seed, **loaders, **makers)
+    return Subject(images, train, val, *loaders, pixels, args.task, make_task, make_model, make_trainer, args.seed)
 
 
 def own_setup(file: str) -> Callable:
@@ -106,6 +104,8 @@ def own_setup(file: str) -> Callable:
     sys.path.insert(0, str(Path(file).resolve().parent))
     if not Path(file).is_file():
         raise UsageError(f"--own {file}: no such file")
+    for name in {f.stem for f in Path(__file__).parent.glob("*.py")} & {f.stem for f in Path(sys.path[0]).iterdir()}:
+        sys.modules.pop(name, None)  # somebody has a models.py, too
     try:
         found = runpy.run_path(file)
     except (Exception, SystemExit) as error:

@@ -11,7 +11,7 @@ from torch import nn
 
 import checks
 from augment import generator
-from checks import FAILED, OK, WARNING, Result, matrices
+from checks import OK, WARNING, matrices
 from data import Images
 from engine import Trainer
 from harness.log import Log
@@ -69,37 +69,34 @@ class Subject:
         return Own(setup)
 
 
-def check_data(s: Subject) -> Result:
+def check_data(s: Subject) -> Iterator[tuple]:
     """Lengths, shapes, dtypes and ranges are what the loop expects; labels are right; hardly any image is in both."""
     for split, loader, rows in (("training", s.train_loader, s.train), ("validation", s.val_loader, s.val)):
-        if len(loader.dataset) != len(rows):
-            why = "The data set's length is wrong. Likely: an off-by-one in __len__. Return the number of rows."
-            return Result(FAILED, f"{split}: length {len(loader.dataset)}, usable images {len(rows)}", why)
-    batch = next(iter(s.train_loader))
-    side = s.images.pixels.shape[2]
-    if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(map(torch.is_tensor, batch))):
-        why = "The loop expects another batch. Likely: the collate yields ((x, ...), y) where (x, ..., y) is expected."
-        return Result(FAILED, f"a batch is ({', '.join(type(part).__name__ for part in batch)})", why)
+        bad, found = len(loader.dataset) != len(rows), f"length {len(loader.dataset)}, usable images {len(rows)}"
+        why = "The data set's length is wrong. Likely: an off-by-one in __len__. Return the number of rows."
+        yield bad, f"{split}: {found}", why
+    batch, side = next(iter(s.train_loader)), s.images.pixels.shape[2]
+    bad = not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(map(torch.is_tensor, batch))
+    why = "The loop expects another batch. Likely: the collate yields ((x, ...), y) where (x, ..., y) is expected."
+    yield bad, f"a batch is ({', '.join(type(part).__name__ for part in batch)})", why
     images, labels = batch
-    if images.dtype != torch.uint8 or images.shape[1:] != (3, side, side) or labels.shape != (len(images),):
-        why = f"A batch should be uint8 images B 3 {side} {side} and B labels. Likely: channels last, or floats."
-        return Result(FAILED, f"images {tuple(images.shape)} {images.dtype}, labels {tuple(labels.shape)}", why)
-    std = s.make_task("mixup")(images, generator(s.seed)).asked.std().item()
-    bounds = f"({LOW_STD} to {HIGH_STD})"
-    if not LOW_STD < std < HIGH_STD:
-        why = "Views are out of range. Likely: normalised twice, or not at all, or pixels of 0 to 255 taken for 0 to 1."
-        return Result(FAILED, f"views have standard deviation {std:.2f} {bounds}", why)
+    bad = images.dtype != torch.uint8 or images.shape[1:] != (3, side, side) or labels.shape != (len(images),)
+    why = f"A batch should be uint8 images B 3 {side} {side} and B labels. Likely: channels last, or floats."
+    yield bad, f"images {tuple(images.shape)} {images.dtype}, labels {tuple(labels.shape)}", why
+    std, bounds = s.make_task("mixup")(images, generator(s.seed)).asked.std().item(), f"({LOW_STD} to {HIGH_STD})"
+    why = "Views are out of range. Likely: normalised twice, or not at all, or pixels of 0 to 255 taken for 0 to 1."
+    yield not LOW_STD < std < HIGH_STD, f"views have standard deviation {std:.2f} {bounds}", why
     for (path, split, _), label in zip(s.images.listing.entries, s.images.labels.tolist(), strict=True):
-        if split != "unsup" and (name := s.images.listing.classes[label]) != path.split("/")[1]:
-            why = f"Labels of {split}/ are not the class indices of train/. Likely: renumbered from 0. Number by name."
-            return Result(FAILED, f"{path} has the label of {name!r}", why)
+        bad = split != "unsup" and (name := s.images.listing.classes[label]) != path.split("/")[1]
+        why = f"Labels of {split}/ are not the class indices of train/. Likely: renumbered from 0. Number by name."
+        yield bad, f"{path} has the label of {name!r}" if bad else "", why
     trained, held_out = set(s.train), {*s.val, *s.images.rows("val")}
     shared = len(held_out & trained.union(*(rows for rows in s.images.same if not trained.isdisjoint(rows))))
-    if shared > 0.01 * len(held_out):
-        why = "Validation measures how well the network remembers. Likely: files in two folders. Remove the copies."
-        return Result(FAILED, f"{shared} of {len(held_out)} validation images are in training too (at most 1%)", why)
-    figure = f"{len(s.train)} + {len(s.val)} images, views' std {std:.2f} {bounds}, {shared} shared"
-    return Result(WARNING if shared else OK, figure)
+    why = "Validation measures how well the network remembers. Likely: files in two folders. Remove the copies."
+    found = f"{shared} of {len(held_out)} validation images are in training too (at most 1%)"
+    yield shared > 0.01 * len(held_out), found, why
+    found = f"{len(s.train)} + {len(s.val)} images, views' std {std:.2f} {bounds}, {shared} shared"
+    yield WARNING if shared else OK, found, ""
 
 
 def check_weights(s: Subject) -> Iterator[tuple]:
@@ -172,8 +169,7 @@ def check_start(s: Subject) -> Iterator[tuple]:
 
 def check_step(s: Subject) -> Iterator[tuple]:
     """Every matrix or kernel moves in one optimiser step, by a sane share of its size."""
-    task = s.make_task("mixup")
-    model = s.make_model(None)
+    task, model = s.make_task("mixup"), s.make_model(None)
     trainer = s.make_trainer(model, task, 1)
     before = {name: p.detach().clone() for name, p in matrices(model).items() if p.any()}
     model.train()
@@ -254,7 +250,7 @@ def check_control(s: Subject) -> Iterator[tuple]:
     yield abs(accuracy - expected) > margin, figure, why
 
 
-CHECKS: dict[str, Callable[[Subject], Result | Iterator[tuple]]] = {
+CHECKS: dict[str, Callable[[Subject], Iterator[tuple]]] = {
     "data": check_data, "weights": check_weights, "alignment": check_alignment,  # the question
     "leak": lambda s: checks.check_examples(s.own()), "batch of one": lambda s: checks.check_examples(s.own(), True),
     "start": check_start, "gradient": lambda s: checks.check_gradient(s.own()), "step": check_step,

@@ -22,8 +22,8 @@ Call = namedtuple("Call", "name args kwargs out tensors line grad")  # tensors: 
 
 
 def tensors(*values: object) -> list[torch.Tensor]:
-    """The tensors in nested tuples, lists and dictionaries."""
-    return [leaf for leaf in pytree.tree_leaves(values) if torch.is_tensor(leaf)]
+    """The tensors in nested tuples, lists and dictionaries, without sparse ones."""
+    return [leaf for leaf in pytree.tree_leaves(values) if torch.is_tensor(leaf) and leaf.layout == torch.strided]
 
 
 def damages(dataset: object) -> bool:
@@ -86,7 +86,8 @@ class Own:
             raise UsageError(f"setup(), or its batches, stopped with {describe(error, LIBRARY)}") from error
         if p is None:
             raise UsageError("setup() has to return (model, loss, batches, optimizer), or these and step")
-        fits = {"model": isinstance(p.model, nn.Module), "step": p.step is None or callable(p.step)}
+        fits = {"model": isinstance(p.model, nn.Module) and not type(p.model).__module__.startswith("torch.jit")}
+        fits["step"] = p.step is None or callable(p.step)
         fits["loss"] = callable(p.loss) and not isinstance(p.loss, nn.modules.loss._Loss)  # of (model, batch)
         fits["optimizer"] = p.optimizer is None or isinstance(p.optimizer, torch.optim.Optimizer)
         for name in (name for name, good in fits.items() if not good):
@@ -98,21 +99,21 @@ class Own:
 
     def copy(self, batch: object, rows: list[int] | None = None, size: int = -1) -> object:
         """A copy of a batch, or of some of its `size` examples, on the model's device."""
-        pick = lambda x: (x[rows] if x.shape[:1] == (size,) else x).detach().to(self.device, copy=True)  # noqa: E731
-        return pytree.tree_map_only(torch.Tensor, pick, batch)
+        some = lambda x: x[rows] if x.shape[:1] == (size,) and tensors(x) else x  # noqa: E731
+        return pytree.tree_map_only(torch.Tensor, lambda x: some(x).detach().to(self.device, copy=True), batch)
 
     def ask(self, p: Pieces, batch: object, train: bool = False, seed: int = 0) -> Trace:
         """Call the loss with the same random numbers each time -> Trace, also with `loss`, `random`, and the model's
         `inputs` and `outs`. The model's mode stays as it is."""
-        mode, trace, self.heard = p.model.training, Trace(), []
+        mode, trace, self.heard, batch = p.model.training, Trace(), [], self.copy(batch)
         trace.calls = []
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), trace:
             torch.manual_seed(self.seed + seed)
-            trace.loss = p.loss(p.model.train(train or self.trains), self.copy(batch))
+            trace.loss = p.loss(p.model.train(train or self.trains), batch)
             trace.random = torch.get_rng_state()
         p.model.train(mode)
         if not torch.is_tensor(trace.loss) or trace.loss.numel() != 1:
-            raise UsageError(f"loss(model, batch) returned {trace.loss}, not a tensor of one number".replace("\n", ""))
+            raise UsageError(f"loss() returned {' '.join(str(trace.loss).split()):.60}, not a tensor of one number")
         trace.inputs, trace.outs = self.heard[0] if len(self.heard) == 1 else ([], [])
         return trace
 

@@ -202,8 +202,7 @@ class Progress:
         for name in ("history", "references", "speeds", "seconds"):
             setattr(self, name, state[name])
         if self.trainer.taken > self.trainer.steps:
-            why = f"the run is in epoch {len(self.history) + 1} already; {epochs} --epochs are too few"
-            raise UsageError(f"--resume {place}: {why}")
+            raise UsageError(f"--resume {place}: the run has more than {epochs} epochs already; give more --epochs")
         finished = None
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             finished = json.loads(Path(place, "summary.json").read_text())["epochs"]

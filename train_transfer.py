@@ -91,9 +91,8 @@ def main() -> None:
     runs = saved["runs"] if saved else []
     state = {"script": "train_transfer", "format": folder.FORMAT, "settings": vars(args)}
     state |= {"data": data.images.identity(), "starts": {start.name: start.digest for start in starts}}
-    for name, what in ("data", "the data"), ("starts", "a START"):
-        if saved and saved[name] != state[name]:
-            raise UsageError(f"--resume {args.resume}: {what} is another than it was; start a new run")
+    if saved:
+        folder.check_same(*({**of["data"], **of["starts"]} for of in (saved, state)), args.resume)
     place = folder.make(place, args, device_name(device))
     print(data.images.describe())
     counts = f"training on {len(data.train)} images of {len(data.counts)} classes, validating on {len(data.val)}"

@@ -38,6 +38,8 @@ def parse() -> argparse.Namespace:
     add("--device", choices=DEVICES, default="auto", help="where to compute; auto: a CUDA GPU if there is one")
     add("--out", type=command.place, default="unmix.png", help="file for the picture")
     args = parser.parse_args()
+    if Path(args.out).resolve() in [Path(file).resolve() for file in (*args.images, args.mixture) if file]:
+        raise UsageError(f"--out {args.out} is one of the images that are given; name another file")
     if len(args.images) < 2:
         raise UsageError("one image is given; give two or more candidates")
     if args.mixture:

@@ -54,8 +54,6 @@ FIGURES = {  # column: the data, the row of train_transfer.py, its figure
     "among all 20": ("finetune", "finetune", "accuracy"),
     "uncorrected": ("finetune", "finetune", "accuracy_uncorrected"),
 }
-
-
 BRIEF = {  # in the README
     "scratch": "none", "unmix": "Unmix", "simclr": "SimCLR", "swav": "SwAV", "byol": "BYOL", "vicreg": "VICReg",
 }  # fmt: skip

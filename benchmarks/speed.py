@@ -314,7 +314,7 @@ def as_images(pixels: np.ndarray) -> Images:
     """Pixels N 3 H H uint8, as a data set without labels."""
     entries = [Entry(f"{i}", "unsup", -1) for i in range(len(pixels))]
     return Images(
-        Listing("pixels", "pixels", {}, [], entries, [], None, pixels.shape[2], ""),
+        Listing("pixels", "pixels", (), [], entries, [], None, pixels.shape[2], ""),
         pixels,
         torch.full((len(pixels),), -1),
     )

@@ -38,4 +38,4 @@ def describe(error: BaseException, skip: tuple[str, ...]) -> str:
     """Somebody's error in one line, with the last line of code it came through outside paths that begin with `skip`."""
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(skip)]
     where = code_line(own[-1].filename, own[-1].lineno) if own else ""
-    return f"{type(error).__name__}: {error}".splitlines()[0] + where
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300] + where

@@ -99,8 +99,8 @@ def ignored(folder: str) -> bool:
 
 
 def files_below(root: Path, skipped: list[tuple[str, str]]) -> Iterator[str]:
-    """Relative paths of all files that are not hidden, through links too, each folder once. Folders that may not be
-    read are added to `skipped`. Raises OSError if one cannot be read, as when a drive is lost."""
+    """Relative paths of files that are not hidden, through links too, each folder once, and not by a link if it is
+    here. Folders that may not be read are added to `skipped`. Raises OSError if one cannot be read: a lost drive."""
     visited = set()
 
     def note(error):
@@ -109,12 +109,12 @@ def files_below(root: Path, skipped: list[tuple[str, str]]) -> Iterator[str]:
         skipped.append((os.path.relpath(error.filename, root), f"a folder that cannot be read: {error.strerror}"))
 
     for folder, folders, files in os.walk(root, onerror=note, followlinks=True):
-        folders[:] = sorted(f for f in folders if not ignored(f))
-        real = os.path.realpath(folder)
+        folders[:] = sorted((f for f in folders if not ignored(f)), key=lambda f: (os.path.islink(f"{folder}/{f}"), f))
+        real, inside = os.path.realpath(folder), os.path.relpath(folder, root) + "/"
         if real in visited:
             folders.clear()
             continue
         visited.add(real)
         for file in files:
             if not file.startswith("."):
-                yield Path(folder, file).relative_to(root).as_posix()
+                yield (inside.replace(os.sep, "/") + file).removeprefix("./")

@@ -24,7 +24,7 @@ from harness.command import Parser
 from harness.download import ARCHIVES
 from harness.errors import RunError, UsageError
 from harness.files import hold, refuse_inside, unusable, write_json
-from harness.log import SUBRUNS
+from harness.log import SUBRUNS, as_utf8
 from harness.ranks import RANK
 
 FORMAT = 11  # of the training state; another one whenever older states cannot go on
@@ -67,10 +67,11 @@ def resume(parser: Parser, args: argparse.Namespace, may_change: set[str]) -> di
 
 
 def check_same(then: dict[str, object], now: dict[str, object], folder: str) -> None:
-    """Raises UsageError if the run in `folder`, to be resumed, had data of another identity than those now."""
+    """Raises UsageError if the run in `folder`, to be resumed, had other values by some name than those now."""
     for name in then | now:
         if (was := then.get(name)) != (is_now := now.get(name)):
-            raise UsageError(f"--resume {folder}: the data is another: {name} was {was}, and is {is_now} now")
+            values = f": it was {was}, and is {is_now} now" if len(f"{was}{is_now}") < 100 else ""
+            raise UsageError(f"--resume {folder}: {name} is not as it was{values}; give that, or start a new run")
 
 
 def choose(args: argparse.Namespace, kind: str) -> Path:
@@ -78,10 +79,10 @@ def choose(args: argparse.Namespace, kind: str) -> Path:
     is a file, or holds a run already and --overwrite was not given."""
     if vars(args).get("resume"):
         return Path(args.resume)
-    name = f"{kind}-{Path(args.data).resolve().name}-{args.encoder}-{time.strftime('%y%m%d-%H%M%S')}"
+    name = f"{kind}-{as_utf8(Path(args.data).resolve().name)[:50]}-{args.encoder}-{time.strftime('%y%m%d-%H%M%S')}"
     folder = Path(args.out) if args.out else Path("runs", name)
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--out {folder} is a file; give a folder")
+    if (folder.exists() and not folder.is_dir()) or as_utf8(str(folder)) != str(folder):
+        raise UsageError(f"--out {folder} is a file, or its name is no text; give a folder")
     refuse_inside(args.data, "out", folder)
     old = _run_files(folder) if args.out else []
     if old and not args.overwrite:

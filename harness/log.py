@@ -67,7 +67,7 @@ class Log:
         features N D, names of their classes N, thumbnails N 3 h w uint8"""
         for older in self.folder.glob(f"{subrun}/[0-9][0-9][0-9][0-9][0-9]/features"):
             shutil.rmtree(older.parent)
-        names = [_as_utf8(name) for name in names]
+        names = [as_utf8(name) for name in names]
         self.writer(subrun).add_embedding(features, names, thumbnails.float() / 255, epoch, "features")
 
     def settings(self, settings: dict, final: dict[str, float], epoch: int) -> None:
@@ -76,7 +76,7 @@ class Log:
             if b"_hparams_/" in file.read_bytes():  # of the run before it was resumed: TensorBoard shows the first
                 file.unlink()
         self.write_history()  # of a run that was rescued after its last epoch, too
-        values = {name: v if isinstance(v, bool | int | float) else _as_utf8(str(v)) for name, v in settings.items()}
+        values = {name: v if isinstance(v, bool | int | float) else as_utf8(str(v)) for name, v in settings.items()}
         figures = {f"summary/{name}": value for name, value in final.items()}
         self.writer().add_hparams(values, figures, run_name=".", global_step=epoch)
 
@@ -95,6 +95,6 @@ class _NoWriter:
         return lambda *args, **options: None
 
 
-def _as_utf8(name):
+def as_utf8(name: str) -> str:
     """Bytes of a file's name that are not text become a backslash and a number."""
     return name.encode("utf-8", "backslashreplace").decode()

@@ -1,5 +1,6 @@
 """Pictures of mixtures, answers and classes, drawn with Pillow."""
 
+import functools
 import math
 import unicodedata
 from collections.abc import Sequence
@@ -173,5 +174,4 @@ def _bar(draw, left, top, width, weight, colour):
     draw.text((left + 2, top - 2), f"{weight:.2f}", INK, _font(12))
 
 
-def _font(size: int = 11):
-    return ImageFont.load_default(size)
+_font = functools.cache(lambda size=11: ImageFont.load_default(size))

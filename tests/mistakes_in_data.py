@@ -61,6 +61,20 @@ def view_for_transpose(broken):
 
 
 @mistake("loss")
+def view_of_places_for_permute(broken):
+    """One axis is a multiple of the other, so that the parts fit."""
+    model = nn.Conv1d(3, 4, 3, padding=1)
+
+    def loss(model, batch):
+        scores = model(batch[0])  # B 4 T
+        scores = scores.view(-1, 4) if broken else scores.transpose(1, 2).reshape(-1, 4)
+        return F.cross_entropy(scores, batch[1].view(-1))
+
+    x = torch.randn(128, 3, 16)
+    return model, loss, loader(x, x.argmax(1)), torch.optim.Adam(model.parameters(), 1e-2)
+
+
+@mistake("loss")
 def heads_by_view(broken):
     return language("heads" if broken else "good")
 

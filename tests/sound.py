@@ -34,6 +34,19 @@ def adam(model, rate=3e-3):
     return torch.optim.Adam(model.parameters(), rate)
 
 
+def in_a_loop(model, loss, batches, optimizer, clip=None):
+    """The pieces with the step of a loop."""
+
+    def step(batch):
+        optimizer.zero_grad()
+        loss(model.train(), batch).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+
+    return model, loss, batches, optimizer, step
+
+
 class Inside(nn.Module):
     """A network that computes its loss itself."""
 
@@ -315,3 +328,101 @@ def words():
     batches = [([chr(97 + k) for k in row], (row > 12).long()) for row in torch.randint(26, (6, 16))]
     letters = lambda b: torch.tensor([[ord(word) / 10 - 11] for word in b[0]])  # noqa: E731
     return (m := mlp(1, 2)), lambda m, b: F.cross_entropy(m(letters(b)), b[1]), batches, adam(m, 1e-2)
+
+
+@sound
+def a_margin_that_all_reach():
+    """A loss of exactly zero, for all."""
+    near, far = torch.randn(128, 20) + 3, torch.randn(128, 20) - 3
+    return (m := mlp(outputs=1)), lambda m, b: F.relu(1 - m(b[0]) + m(b[1])).mean(), loader(near, far), adam(m)
+
+
+@sound
+def frozen_features_in_a_loop_of_ones_own():
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = mlp(outputs=64), nn.Linear(64, 3)
+
+        def forward(self, x):
+            with torch.no_grad():
+                features = self.body(x)
+            return self.head(features)
+
+    return in_a_loop(m := Frozen(), classify, data(), adam(m.head, 1e-2))
+
+
+@sound
+def a_sum_whose_gradient_is_clipped():
+    inputs = torch.randn(128, 20)
+    targets, m = 30 + 10 * inputs[:, :3].sum(1, keepdim=True), mlp(outputs=1)
+    loss = lambda m, b: F.mse_loss(m(b[0]), b[1], reduction="sum")  # noqa: E731
+    return in_a_loop(m, loss, loader(inputs, targets, size=16), adam(m, 1e-2), clip=1.0)
+
+
+@sound
+def examples_mixed_in_the_loss():
+    def loss(m, b):
+        order = torch.randperm(len(b[0]))
+        out = m(0.7 * b[0] + 0.3 * b[0][order])
+        return 0.7 * F.cross_entropy(out, b[1]) + 0.3 * F.cross_entropy(out, b[1][order])
+
+    return (m := mlp()), loss, data(), adam(m)
+
+
+@sound
+def a_loss_below_zero():
+    """An actor and a critic."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.policy, self.value = nn.Linear(4, 64), nn.Linear(64, 2), nn.Linear(64, 1)
+
+        def forward(self, x):
+            return self.policy(hidden := self.body(x).tanh()), self.value(hidden)[:, 0]
+
+    def loss(m, b):
+        logits, value = m(b[0])
+        chosen, advantage = logits.log_softmax(1).gather(1, b[1][:, None])[:, 0], (b[2] - value).detach()
+        return F.mse_loss(value, b[2]) / 2 - (chosen * advantage).mean()
+
+    states, actions = torch.randn(256, 4), torch.randint(2, (256,))
+    returns = torch.where(actions == (states[:, 0] > 0).long(), 1.0, -1.0) + 5 * states[:, 1]
+    return (m := Both()), loss, loader(states, actions, returns, size=16), adam(m)
+
+
+@sound
+def a_graph_with_a_sparse_matrix():
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(20, 32), nn.Linear(32, 3)
+
+        def forward(self, x, near):
+            return torch.sparse.mm(near, self.second(torch.sparse.mm(near, self.first(x)).relu()))
+
+    near = (torch.eye(50) + (torch.rand(50, 50) < 0.05).float()).to_sparse()
+    batch = torch.randn(50, 20), near, torch.randint(3, (50,))
+    return (m := Graph()), lambda m, b: F.cross_entropy(m(b[0], b[1]), b[2]), [batch], adam(m, 1e-2)
+
+
+@sound
+def sparse_gradients():
+    class Pairs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Embedding(100, 16, sparse=True), nn.Embedding(100, 16, sparse=True)
+
+        def forward(self, x, y):
+            return (self.one(x) * self.other(y)).sum(1)
+
+    x, y = torch.randint(100, (2, 256))
+    loss = lambda m, b: F.binary_cross_entropy_with_logits(m(*b[:2]), b[2])  # noqa: E731
+    batches = loader(x, y, ((x + y) % 2).float(), size=16)
+    return (m := Pairs()), loss, batches, torch.optim.SparseAdam(m.parameters(), 1e-2)
+
+
+@sound
+def a_loss_with_an_axis():
+    return (m := mlp()), lambda m, b: classify(m, b)[None], data(), adam(m)

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import mistakes  # noqa: F401  the three put their programs into MISTAKES
@@ -33,6 +34,7 @@ NAMED = {  # mistake: what a student reads
     "pixels_of_255": "Normalise the inputs",
     "softmax_over_examples": "softmax mixes examples",
     "view_for_transpose": "cuts across axes and mixes them: use permute or transpose",
+    "view_of_places_for_permute": "cuts across axes and mixes them: use permute or transpose",
     "targets_not_shifted": "Shift once",
     "attention_dim": "the causal mask",
     "first_batch_for_ever": "The loader repeats itself",
@@ -195,6 +197,20 @@ def test_a_file_of_ones_own(script):
     assert end.status == 1 and "the optimiser's parameters are not the network's" in end.out
 
 
+def test_a_file_beside_modules_that_are_named_as_this_projects(script, monkeypatch):
+    for name in ("models", "data"):
+        monkeypatch.setitem(sys.modules, name, sys.modules.get(name))  # comes back
+    Path("models.py").write_text("from torch import nn\ndef make():\n    return nn.Linear(3, 2)\n")
+    Path("data.py").write_text("SIZE = 16\n")
+    mine = GOOD.replace("nn.Linear(3, 2)", "make()").replace("split(16)", "split(SIZE)")
+    Path("mine.py").write_text(
+        mine.replace("def setup():\n", "from models import make\ndef setup():\n    from data import SIZE\n")
+    )
+    end = script("debug_overfit.py", "--own", "mine.py")
+    assert end.status == 0, end.err + end.out
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -211,6 +227,8 @@ def test_a_file_of_ones_own(script):
         (GOOD.replace("loss, batches", "nn.CrossEntropyLoss(), batches"), "CrossEntropyLoss() as loss, which"),
         (GOOD.replace("Adam(model.parameters(), 1e-2)", "Adam"), "as optimizer, which it cannot be"),
         (GOOD.replace("1e-2)", "1e-2), 3"), "setup() gives 3 as step, which it cannot be"),
+        (GOOD.replace("nn.Linear(3, 2)", "torch.jit.script(nn.Linear(3, 2))"), "as model, which it cannot be"),
+        (GOOD.replace("setup():", "setup():\n    nn.Linear(3, 2).load_state_dict({})"), 'Missing key(s) in state_dict: "weight"'),
         ("folder", "no such file"),
     ],
 )  # fmt: skip

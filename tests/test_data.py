@@ -183,6 +183,26 @@ def test_links_and_pipes(folder, tmp_path):
     assert [path for path, _ in images.listing.skipped] == ["broken.png", "pipe.png"]
 
 
+def test_a_link_does_not_take_the_name_of_what_it_leads_to(labelled):
+    before = list_data(str(labelled))
+    (labelled / "all").symlink_to("train")
+    for split in ("train", "val"):
+        (labelled / split / "aaa").symlink_to("bee")
+    after = list_data(str(labelled))
+    assert (after.entries, after.classes) == (before.entries, before.classes)
+
+
+@pytest.mark.parametrize("name", ["x" * 230, os.fsdecode(b"caf\xe9"), "a\u7f51" * 60])
+def test_names_that_are_long_or_no_text(script, folder, name):
+    folder.rename(name)
+    words = ("--data", name, "--size", 8, "--batch-size", 8, "--epochs", 1, "--data-dir", "d")
+    end = script("train_pretext.py", *words)
+    assert end.status == 0, end.err
+    assert (next(Path("runs").iterdir()) / "summary.json").exists()
+    end = script("train_pretext.py", *words, "--out", os.fsdecode(b"o\xff"))
+    assert end.status == 2 and "its name is no text" in end.err and end.err.count("\n") == 1
+
+
 def test_a_split_without_a_usable_image_says_what_was_expected_where(labelled, tmp_path):
     for file in (labelled / "val").rglob("*.jpg"):
         file.write_bytes(b"damaged")

@@ -177,4 +177,4 @@ def test_a_run_keeps_its_scale_and_an_older_one_is_told(script, deep):
     torch.save(state, "old/checkpoint.pt")
     end = script("train_pretext.py", "--resume", "old", "--epochs", 2)
     assert end.status == 2 and end.err.count("\n") == 1
-    assert "the data is another: scale beyond 8 bits was None, and is {'16-bit': " in end.err
+    assert "scale beyond 8 bits is not as it was: it was None, and is {'16-bit': " in end.err

@@ -367,7 +367,7 @@ def test_a_cache_that_is_removed_during_the_run(script, cache, short_run, before
 
 def test_fewer_epochs_than_are_done_are_refused(script, stopped):
     end = script("train_pretext.py", "--resume", stopped, "--epochs", 1)
-    assert end.status == 2 and "the run is in epoch 2 already; 1 --epochs are too few" in end.err
+    assert end.status == 2 and "the run has more than 1 epochs already; give more --epochs" in end.err
 
 
 def test_no_checkpoint_is_written_after_a_broken_step(script, cache, monkeypatch):

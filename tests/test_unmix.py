@@ -68,6 +68,8 @@ def test_the_same_seed_mixes_the_same_views(script, short_run, photos):
         ("scale", "learnt --task scale, so it cannot tell weights"),
         ("ending", "has no ending of a picture"),
         ("nowhere to write", "--out nowhere/x.png cannot be used"),
+        ("over an image", "is one of the images that are given; name another file"),
+        ("over the mixture", "--out ./mixed.png is one of the images"),
     ],
 )
 def test_bad_input_is_one_line(script, short_run, photos, tmp_path, case, message):
@@ -97,6 +99,8 @@ def test_bad_input_is_one_line(script, short_run, photos, tmp_path, case, messag
         "scale": ("scale", *two),
         "ending": (short_run, *two, "--out", "picture"),
         "nowhere to write": (short_run, *two, "--out", "nowhere/x.png"),
+        "over an image": (short_run, *two, "--out", two[1]),
+        "over the mixture": (short_run, *two, "--mixture", "mixed.png", "--out", "./mixed.png"),
     }[case]
     end = script("unmix.py", *args)
     assert end.status == 2 and message in end.err and end.err.count("\n") == 1, end.err
