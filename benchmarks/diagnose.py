@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checks import FAILED, diagnose
 from harness import command
+from harness.errors import UsageError
 from harness.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +38,8 @@ def main() -> None:
     torch.set_num_threads(1)
     files = sorted(ROOT.glob("benchmarks/bugs/o*.py"))
     chosen = [file for file in files if not args.names or file.name.startswith(tuple(args.names))]
+    if not chosen:
+        raise UsageError(f"{' '.join(args.names)}: no program in benchmarks/bugs/ begins so")
     judged = json.loads(FOUND.read_text("utf-8")) if FOUND.exists() else {}
     last = {}
     for file in chosen:
