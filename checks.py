@@ -125,7 +125,8 @@ def misuse(call: Call, size: int) -> Iterator[tuple]:
         old, new = ([*itertools.accumulate(lengths, int.__mul__, initial=1)] for lengths in (before, after))
         ends = {b: (max(e for e in old if e < b), min(e for e in old if e > b)) for b in new if b not in old}
         torn = [b for a, b in itertools.pairwise(new) if b in ends and a < ends[b][0]]
-        torn = [b for b in torn if b != new[1] or ends[b][0] != old[1] or ends[b][1] % b]  # a batch may take parts
+        part = lambda b: ends[b][0] == old[1] or not (b % ends[b][0] or after[-1] in before)  # noqa: E731
+        torn = [b for b in torn if b != new[1] or ends[b][1] % b or not part(b)]  # a batch may take whole parts
         bad = torn or (before != after and sorted(before) == sorted(after))
         why = f"{name} cuts across axes and mixes them: use permute or transpose."
         yield bad, f"{name} of {tuple(call.tensors[0].shape)} to {tuple(call.out.shape)}", why
@@ -193,13 +194,13 @@ def check_examples(own: Own, single: bool = False) -> Iterator[tuple]:
         sides = [out.ndim for _, outs in own.heard for out in outs[:1]]
         yield sides != [a.ndim], f"one example has {sides} dimensions ({a.ndim})", "Likely: squeeze() without an axis."
         return
-    fed = ((x, y) for x, y in zip(one.inputs, two.inputs, strict=False) if x.shape[:1] == (n,) and not x._version)
-    yield any(not x[1:].equal(y[1:]) for x, y in fed) and SKIPPED, "the loss mixes examples itself, as mixup does", ""
+    fed = [(x, y) for x, y in zip(one.inputs, two.inputs, strict=False) if x.shape[:1] == (n,) and not x._version]
     moved = (a - b).abs().movedim(a.shape.index(n), 0).reshape(n, -1).amax(1)
-    leak = moved[1:].max() / moved[0]
+    kept = torch.stack([(x == y).reshape(n, -1).all(1)[1:] for x, y in fed] or [moved[1:] >= 0]).all(0)
+    leak = (moved[1:][kept] if kept.any() else moved[1:]).max() / moved[0]  # a loss may mix some itself, as mixup does
     figure = f"other answers move by {leak:.0e} of an example's own (below {CLOSE:g})"
     share = lambda c, d: max((x != y).float().mean() for x, y in zip(c, d, strict=True)) if c else 0  # noqa: E731
-    for x, y in zip(one.calls, two.calls, strict=False) if leak > CLOSE else ():
+    for x, y in zip(one.calls, two.calls, strict=False) if leak > CLOSE and (kept.all() or not kept.any()) else ():
         why = "normalisation with the batch's own statistics, or a step over dimension 0?"
         why = f"{x.name} mixes examples: {'batch_first=True is missing.' if x.name in SEQUENCES else why}{x.line}"
         bad = x.out is not one.loss and share(tensors(x.out), tensors(y.out)) > 1.5 / n >= share(x.tensors, y.tensors)
@@ -283,7 +284,7 @@ def check_steps(own: Own) -> Iterator[tuple]:
     """Ten steps on a few examples move every matrix and lower the loss, with gradients that are cleared in time."""
     p, found, modes = own.fresh(), [], set()
     names, old = matrices(p.model), {name: q.detach().clone() for name, q in matrices(p.model).items()}
-    flat = lambda grads: torch.cat([g.flatten() for g in grads])  # noqa: E731
+    flat = lambda grads: torch.cat([g.to_dense().flatten() for g in grads])  # noqa: E731
     grab = lambda *_: found.append(flat([0 * q if q.grad is None else q.grad for q in names.values()]))  # noqa: E731
     if looked := p.step and p.optimizer and not isinstance(p.optimizer, torch.optim.LBFGS):  # which has a closure
         p.optimizer.register_step_pre_hook(grab)

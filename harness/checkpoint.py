@@ -84,7 +84,7 @@ def load_last(folder: Path, warn: Callable[[str], None] = print) -> dict:
     all files stay as they are. Raises UsageError then, and if there is none."""
     there = [folder / name for name in (NEW, LAST, BEFORE) if (folder / name).exists()]
     if not there:
-        raise UsageError(f"{folder} holds no {LAST}, so nothing can be resumed; start the run again, with --overwrite")
+        raise UsageError(f"{folder} holds no {LAST}, so nothing can be resumed; start again, in another folder")
     damaged = {}  # file: why
     for file in there:
         try:

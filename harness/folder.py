@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from platform import python_version
 
 import numpy
 import PIL
@@ -71,7 +71,7 @@ def check_same(then: dict[str, object], now: dict[str, object], folder: str) -> 
     for name in then | now:
         if (was := then.get(name)) != (is_now := now.get(name)):
             values = f": it was {was}, and is {is_now} now" if len(f"{was}{is_now}") < 100 else ""
-            raise UsageError(f"--resume {folder}: {name} is not as it was{values}; give that, or start a new run")
+            raise UsageError(f"--resume {folder}: {name} is not as it was{values}; give the same images and encoder")
 
 
 def choose(args: argparse.Namespace, kind: str) -> Path:
@@ -82,7 +82,7 @@ def choose(args: argparse.Namespace, kind: str) -> Path:
     name = f"{kind}-{as_utf8(Path(args.data).resolve().name)[:50]}-{args.encoder}-{time.strftime('%y%m%d-%H%M%S')}"
     folder = Path(args.out) if args.out else Path("runs", name)
     if (folder.exists() and not folder.is_dir()) or as_utf8(str(folder)) != str(folder):
-        raise UsageError(f"--out {folder} is a file, or its name is no text; give a folder")
+        raise UsageError(f"--out {folder} {'is a file' if folder.is_file() else 'is no text in UTF-8'}; give a folder")
     refuse_inside(args.data, "out", folder)
     old = _run_files(folder) if args.out else []
     if old and not args.overwrite:
@@ -138,10 +138,9 @@ def make(folder: Path, args: argparse.Namespace, device: str) -> Path:
         raise UsageError(f"--out {folder}: another run is writing there; wait for it, or give another folder") from None
     except OSError as error:
         raise unusable("out", folder, error) from error
-    versions = {module.__name__: module.__version__ for module in (torch, torchvision, numpy, PIL)}
+    versions = {"python": python_version()} | {m.__name__: m.__version__ for m in (torch, torchvision, numpy, PIL)}
     settings = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "settings": vars(args)}
-    settings |= {"versions": {"python": platform.python_version(), **versions}, "revision": _git_revision()}
-    settings |= {"device": device}
+    settings |= {"versions": versions, "revision": _git_revision(), "device": device}
     before = len(list(folder.glob("settings.json")) + list(folder.glob("settings.resumed-*.json")))
     write_json(settings, folder / (f"settings.resumed-{before}.json" if before else "settings.json"))
     return folder

@@ -60,6 +60,20 @@ def view_for_transpose(broken):
     return model, classify, loader(*waves()), torch.optim.Adam(model.parameters(), 1e-2)
 
 
+@mistake("examples")
+def softmax_over_examples_that_the_loss_mixes(broken):
+    model = nn.Sequential(*mlp(), nn.Softmax(dim=0)) if broken else mlp()
+
+    def loss(model, batch):
+        order = torch.randperm(len(batch[0]))
+        scores = model(0.7 * batch[0] + 0.3 * batch[0][order])
+        return sum(
+            share * F.nll_loss(scores.log_softmax(1), y) for share, y in ((0.7, batch[1]), (0.3, batch[1][order]))
+        )
+
+    return classifier(model, loss)
+
+
 @mistake("loss")
 def view_of_places_for_permute(broken):
     """One axis is a multiple of the other, so that the parts fit."""

@@ -420,7 +420,23 @@ def sparse_gradients():
     x, y = torch.randint(100, (2, 256))
     loss = lambda m, b: F.binary_cross_entropy_with_logits(m(*b[:2]), b[2])  # noqa: E731
     batches = loader(x, y, ((x + y) % 2).float(), size=16)
-    return (m := Pairs()), loss, batches, torch.optim.SparseAdam(m.parameters(), 1e-2)
+    return in_a_loop(m := Pairs(), loss, batches, torch.optim.SparseAdam(m.parameters(), 1e-2))
+
+
+@sound
+def a_norm_of_each_head():
+    """The last axis is cut into heads, which join the batch."""
+
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inward, self.outward = nn.Linear(20, 32), nn.Linear(32, 3)
+
+        def forward(self, x):  # B T 20
+            heads = F.normalize(self.inward(x).reshape(-1, 8), dim=1)  # B*T*4 8
+            return self.outward(heads.reshape(len(x), -1, 32).mean(1))
+
+    return (m := Heads()), classify, loader(torch.randn(128, 6, 20), torch.randint(3, (128,)), size=16), adam(m)
 
 
 @sound

@@ -200,7 +200,7 @@ def test_names_that_are_long_or_no_text(script, folder, name):
     assert end.status == 0, end.err
     assert (next(Path("runs").iterdir()) / "summary.json").exists()
     end = script("train_pretext.py", *words, "--out", os.fsdecode(b"o\xff"))
-    assert end.status == 2 and "its name is no text" in end.err and end.err.count("\n") == 1
+    assert end.status == 2 and "is no text in UTF-8; give a folder" in end.err and end.err.count("\n") == 1
 
 
 def test_a_split_without_a_usable_image_says_what_was_expected_where(labelled, tmp_path):

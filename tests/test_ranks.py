@@ -100,14 +100,17 @@ def test_two_ranks_compute_the_loss_and_the_gradients_of_one(answers, case):
         assert torch.allclose(gradient, two["gradients"][name], atol=1e-5), name
 
 
-def test_a_rank_ends_without_taking_its_interpreter_apart():
+@pytest.mark.parametrize("error, status", [("''", 0), ("RunError('full')", 1), ("RunError('stopped', 15)", 143)])
+def test_a_rank_ends_without_taking_its_interpreter_apart(error, status):
     worker = (
-        "import atexit, os; from harness import command; atexit.register(os.abort)\n"
-        "command.run(lambda: print('done'), several=True)"
+        "import atexit, os; from harness import command; from harness.errors import RunError\n"
+        "atexit.register(os.abort)\n"
+        f"def main():\n    print('done')\n    if error := {error}: raise error\n"
+        "command.run(main, several=True)"
     )
-    processes = launch(2, "-c", worker, stdout=subprocess.PIPE, text=True)
+    processes = launch(2, "-c", worker, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert [process.communicate(timeout=120)[0] for process in processes] == ["done\n", ""]
-    assert [process.returncode for process in processes] == [0, 0]
+    assert [process.returncode for process in processes] == [status, status]
 
 
 @pytest.mark.parametrize("script", ["train_transfer.py", "benchmarks/questions.py"])

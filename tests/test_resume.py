@@ -270,7 +270,8 @@ def test_other_data(script, folder):
     assert script("train_pretext.py", *options, "--data", folder, "--out", "run", "--epochs", 1).status == 0
     (folder / "00.png").unlink()
     end = script("train_pretext.py", "--resume", "run", "--epochs", 2)
-    assert end.status == 2 and "number of images is not as it was: it was 40, and is 39 now; give that" in end.err
+    assert end.status == 2
+    assert "number of images is not as it was: it was 40, and is 39 now; give the same images" in end.err
 
 
 def test_another_network(script, stopped):
@@ -293,7 +294,10 @@ def test_a_run_of_an_older_version_is_refused_with_its_commit(script, stopped):
     assert "an older version made this run (commit 0123456789ab); resume it with that one" in end.err
 
 
-@pytest.mark.parametrize("case, message", [("nowhere", "no such folder"), ("empty", "nothing can be resumed; start the run again, with --overwrite")])
+@pytest.mark.parametrize(
+    "case, message",
+    [("nowhere", "no such folder"), ("empty", "nothing can be resumed; start again, in another folder")],
+)
 def test_nothing_to_resume(script, case, message):
     Path("empty").mkdir()
     end = script("train_pretext.py", "--resume", case)

@@ -305,7 +305,7 @@ def test_another_start_than_it_was(transfer, script, pretrained, tmp_path):
     torch.manual_seed(8)
     torch.save(build_encoder("conv").state_dict(), "mine/encoder.pt")
     end = script("train_transfer.py", "--resume", "out")
-    assert end.status == 2 and "mine is not as it was; give that, or start a new run" in end.err
+    assert end.status == 2 and "mine is not as it was; give the same images and encoder" in end.err
 
 
 def test_a_picture_that_fails_costs_no_result(script, cache, short_run, monkeypatch):
