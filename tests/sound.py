@@ -220,7 +220,7 @@ def frames_in_channels():
 
 
 @sound
-def a_graph():
+def a_graph(sparse=False):
     class Graph(nn.Module):
         def __init__(self):
             super().__init__()
@@ -230,7 +230,8 @@ def a_graph():
             return near @ self.two(torch.relu(near @ self.one(x)))
 
     near = torch.eye(50) + (torch.rand(50, 50) < 0.05)
-    batch = torch.randn(50, 20), near / near.sum(1, keepdim=True), torch.randint(3, (50,))
+    near = near / near.sum(1, keepdim=True)
+    batch = torch.randn(50, 20), near.to_sparse() if sparse else near, torch.randint(3, (50,))
     return (m := Graph()), lambda m, b: F.cross_entropy(m(b[0], b[1]), b[2]), [batch], adam(m, 1e-2)
 
 
@@ -331,25 +332,14 @@ def words():
 
 
 @sound
-def a_margin_that_all_reach():
-    """A loss of exactly zero, for all."""
+def a_margin_that_all_reach():  # so that the loss is zero
     near, far = torch.randn(128, 20) + 3, torch.randn(128, 20) - 3
     return (m := mlp(outputs=1)), lambda m, b: F.relu(1 - m(b[0]) + m(b[1])).mean(), loader(near, far), adam(m)
 
 
 @sound
 def frozen_features_in_a_loop_of_ones_own():
-    class Frozen(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.head = mlp(outputs=64), nn.Linear(64, 3)
-
-        def forward(self, x):
-            with torch.no_grad():
-                features = self.body(x)
-            return self.head(features)
-
-    return in_a_loop(m := Frozen(), classify, data(), adam(m.head, 1e-2))
+    return in_a_loop(*a_head_on_features())
 
 
 @sound
@@ -371,9 +361,7 @@ def examples_mixed_in_the_loss():
 
 
 @sound
-def a_loss_below_zero():
-    """An actor and a critic."""
-
+def a_loss_below_zero():  # of an actor and a critic
     class Both(nn.Module):
         def __init__(self):
             super().__init__()
@@ -394,17 +382,7 @@ def a_loss_below_zero():
 
 @sound
 def a_graph_with_a_sparse_matrix():
-    class Graph(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Linear(20, 32), nn.Linear(32, 3)
-
-        def forward(self, x, near):
-            return torch.sparse.mm(near, self.second(torch.sparse.mm(near, self.first(x)).relu()))
-
-    near = (torch.eye(50) + (torch.rand(50, 50) < 0.05).float()).to_sparse()
-    batch = torch.randn(50, 20), near, torch.randint(3, (50,))
-    return (m := Graph()), lambda m, b: F.cross_entropy(m(b[0], b[1]), b[2]), [batch], adam(m, 1e-2)
+    return a_graph(sparse=True)
 
 
 @sound
@@ -424,9 +402,7 @@ def sparse_gradients():
 
 
 @sound
-def a_norm_of_each_head():
-    """The last axis is cut into heads, which join the batch."""
-
+def a_norm_of_each_head():  # the last axis is cut into heads, which join the batch
     class Heads(nn.Module):
         def __init__(self):
             super().__init__()
